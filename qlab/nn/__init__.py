@@ -1,0 +1,1 @@
+"""flax.nnx models with named quantizable sites, and a zoo that trains once and caches."""
