@@ -56,7 +56,7 @@ def stratified_pick(labels: np.ndarray, num: int, seed: int) -> np.ndarray:
     order = np.argsort(-(share - take), kind="stable")
     take[order[: num - take.sum()]] += 1
     # RandomState's stream is frozen by NumPy's policy; Generator's may change between versions.
-    rng = np.random.RandomState(seed)  # noqa: NPY002
+    rng = np.random.RandomState(seed)
     picked = np.zeros(len(labels), bool)
     for c, k in zip(classes, take, strict=True):
         picked[rng.permutation(np.flatnonzero(labels == c))[:k]] = True
