@@ -86,7 +86,9 @@ def as_experiment(obj: Experiment | SupportsExperiment) -> Experiment:
         return obj
     for name in ("num_steps", "init", "step", "evaluate"):
         if not hasattr(obj, name):
-            raise TypeError(f"build() returned {type(obj).__name__} without `{name}`; see qlab.lab.experiment")
+            raise TypeError(
+                f"build() returned {type(obj).__name__} without `{name}`; see qlab.lab.experiment"
+            )
     loop = getattr(obj, "loop", "scan")
     phases = (Phase("train", int(obj.num_steps), obj.step, loop),) if obj.num_steps else ()
     return Experiment(
