@@ -97,8 +97,8 @@ class _Undecided(Exception):
 def _check(
     claim: Claim | Mapping[str, Any], cells: stats.Cells, manifest: Mapping[str, Any], share: float
 ) -> Verdict:
-    fields = claim._asdict() if isinstance(claim, Claim) else {**_DEFAULTS, **claim}
-    fields = {name: fields.get(name) for name in Claim._fields}
+    given = claim._asdict() if isinstance(claim, Claim) else {**_DEFAULTS, **claim}
+    fields: dict[str, Any] = {name: given.get(name) for name in Claim._fields}
     try:
         record = _parse(fields)
         return _compare(record, cells, manifest, share)
@@ -240,7 +240,7 @@ class _Estimate(NamedTuple):
 
 def _estimate(claim: Claim, left: np.ndarray, right: np.ndarray) -> _Estimate:
     sided = "paired t" if isinstance(claim.right, tuple) else "one-sample t"
-    eps = _epsilon(left, right)
+    eps = _epsilon(left, right) if isinstance(claim.right, tuple) else _epsilon(left)
     if claim.kind == "difference":
         scale = max(np.abs(left).max(), np.abs(right).max(), abs(claim.margin))
         return _Estimate(stats.t_interval(left - right), ULPS * eps * scale, f"{sided}, 95 %")
@@ -254,7 +254,7 @@ def _estimate(claim: Claim, left: np.ndarray, right: np.ndarray) -> _Estimate:
 
 
 def _decide(claim: Claim, left: np.ndarray, right: np.ndarray, out: _Estimate) -> tuple[Any, str]:
-    n, estimate, low, high = out.ci
+    n, _, low, high = out.ci
     if n < MIN_PAIRS:
         return "INCONCLUSIVE", f"{n} paired seed{'s' * (n > 1)}; a verdict needs {MIN_PAIRS}"
     if not claim.exact and not _varies(left) and not _varies(right):
@@ -266,19 +266,14 @@ def _decide(claim: Claim, left: np.ndarray, right: np.ndarray, out: _Estimate) -
         return "INCONCLUSIVE", f"{sides} with the seed, so there is no spread to judge by"
     near, far = (low, high) if claim.op == ">=" else (-high, -low)
     margin = claim.margin if claim.op == ">=" else -claim.margin
-    span = f"[{stats.format_number(low)}, {stats.format_number(high)}]"
-    if not _varies(left - right) and claim.kind == "difference":
-        span = f"the same {stats.format_number(estimate)} on every seed"
-    target = f"{claim.op} {stats.format_number(claim.margin)}"
+    at = stats.format_number(claim.margin)
+    constant = claim.kind == "difference" and not _varies(left - right)
+    what = "the difference, the same on every seed," if constant else "the whole interval"
     if near >= margin - out.tol:
-        return "HOLDS", f"{span} is {target} throughout" if span[
-            0
-        ] == "[" else f"{span} is {target}"
+        return "HOLDS", f"{what} is {claim.op} {at}"
     if far < margin - out.tol:
-        return "FAILS", f"no part of {span} is {target}" if span[
-            0
-        ] == "[" else f"{span} is not {target}"
-    return "INCONCLUSIVE", f"{span} straddles the margin {stats.format_number(claim.margin)}"
+        return "FAILS", f"{what} is {'<' if claim.op == '>=' else '>'} {at}"
+    return "INCONCLUSIVE", f"the interval straddles the margin {at}"
 
 
 def _epsilon(*values: np.ndarray) -> float:

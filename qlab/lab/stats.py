@@ -60,7 +60,8 @@ def t_interval(values: Iterable[float], level: float = LEVEL) -> Interval:
         return Interval(1, mean, math.nan, math.nan)
     from scipy.special import stdtrit  # the t quantile; scipy.stats is slow to import
 
-    spread = 0.0 if np.ptp(x) == 0 else float(x.std(ddof=1))
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread = 0.0 if np.ptp(x) == 0 else float(x.std(ddof=1))
     half = float(stdtrit(n - 1, 0.5 + level / 2)) * spread / math.sqrt(n)
     return Interval(n, mean, mean - half, mean + half)
 
@@ -109,9 +110,8 @@ def collect(rows: Iterable[Row], diverged: Mapping[str, Mapping[Any, Any]] | Non
         arm, seed, value = str(row["arm"]), int(row.get("seed") or 0), row.get("value")
         ok = row.get("status", "ok") == "ok" and seed not in lost.get(arm, ())
         ok = ok and isinstance(value, (int, float)) and math.isfinite(value)
-        found.setdefault((arm, key_of(row)), {})[seed] = (
-            float(value) if ok and value is not None else None
-        )
+        by_seed = found.setdefault((arm, key_of(row)), dict.fromkeys(lost.get(arm, ())))
+        by_seed[seed] = float(value) if ok and value is not None else None
     return {
         where: Cell(
             {s: v for s, v in sorted(by_seed.items()) if v is not None},
@@ -213,3 +213,20 @@ def format_interval(ci: Interval, pm: str = "±") -> str:
         return f"{ci.mean:.3g} {pm} {half:.2g}"
     digits = min(max(1 - math.floor(math.log10(half)), 0), 6)
     return f"{ci.mean:.{digits}f} {pm} {half:.{digits}f}"
+
+
+def format_span(estimate: float | None, low: float | None, high: float | None) -> str:
+    """Estimate [low, high], cut at two digits of the half-width.
+
+    >>> format_span(0.15499, 0.13027, 0.17972), format_span(1.5, None, None), format_span(2.0, 2.0, 2.0)
+    ('0.155 [0.130, 0.180]', '1.5', '2 [2, 2]')
+    """
+    if estimate is None or low is None or high is None or math.isnan(low):
+        return format_number(estimate)
+    half, scale = (high - low) / 2, max(abs(low), abs(high))
+    if half <= 1e-9 * scale or not 1e-3 <= scale < 1e6:
+        shown = [format_number(x) for x in (estimate, low, high)]
+    else:
+        digits = min(max(1 - math.floor(math.log10(half)), 0), 6)
+        shown = [f"{x:.{digits}f}" for x in (estimate, low, high)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
