@@ -101,14 +101,18 @@ def steps(folder: Path) -> list[int]:
 
 
 def restore(
-    folder: Path, like: Any, config_hash: str, say: Callable[[str], None] = print
+    folder: Path,
+    like: Callable[[dict[str, Any]], Any],
+    config_hash: str,
+    say: Callable[[str], None] = print,
 ) -> Restored | None:
     """The newest checkpoint that is whole, or None if there is none.
 
     A damaged one is set aside as <step>.damaged, which is said, and the one before is tried.
 
     Args:
-      like: pytree of arrays or ShapeDtypeStructs with the expected structure.
+      like: extra -> pytree of arrays or ShapeDtypeStructs with the expected structure, and with a
+        sharding where a leaf is to be put on a device.
     Raises:
       UserError: the checkpoint is of another config or has another tree; the first difference is
         named. Nothing is removed.
@@ -128,7 +132,8 @@ def restore(
                 f"checkpoint {place} belongs to config {saved_hash}, this run is {config_hash}; "
                 "give another --workdir"
             )
-        _compare(saved, like, place)
+        expected = like(extra)
+        _compare(saved, expected, place)
         try:
             arrays = _orbax().restore((place / "state").resolve())
             host = [
@@ -143,7 +148,7 @@ def restore(
                 place, f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", say
             )
             continue
-        return Restored(step, _rebuild(host, like), extra)
+        return Restored(step, _rebuild(host, expected), extra)
     return None
 
 

@@ -25,6 +25,20 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 UNHASHED = ("checkpoint_every_s", "keep_checkpoints")
 
 
+class _InOrder(ConfigDict):
+    """Keeps the order in which a group was written: arms are shown baselines first."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(
+            key, ConfigDict(value, sort_keys=False) if isinstance(value, dict) else value
+        )
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(
+            key, ConfigDict(value, sort_keys=False) if isinstance(value, dict) else value
+        )
+
+
 def base(experiment: str, **values: Any) -> ConfigDict:
     """The keys every config has, with their defaults; `values` replaces or adds to them.
 
@@ -32,17 +46,17 @@ def base(experiment: str, **values: Any) -> ConfigDict:
       experiment: name of the module in experiments/ that builds the arms.
       **values: further keys; a dict becomes a nested ConfigDict.
     """
-    c = ConfigDict()
+    c = _InOrder(sort_keys=False)
     c.experiment = experiment
     c.seed = 0  # root of all keys; seed i of a study uses fold_in(key(seed), i)
     c.seeds = 3  # how many
-    c.arms = ConfigDict()  # name -> overrides of this config for that arm
+    c.arms = ConfigDict(sort_keys=False)  # name -> overrides of this config for that arm
     c.log_points = 100  # points of a learning curve per phase
     c.checkpoint_every_s = 30.0
     c.keep_checkpoints = 2
     c.max_fallback_share = 0.2  # more than this share of sites fallen back: INCONCLUSIVE
     for name, value in values.items():
-        c[name] = ConfigDict(value) if isinstance(value, dict) else value
+        c[name] = value
     return c
 
 
@@ -103,7 +117,8 @@ def load(spec: str) -> Loaded:
     name, _, variant = spec.partition(":")
     path = find(name)
     module_spec = importlib.util.spec_from_file_location(f"qlab_config_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)

@@ -162,7 +162,7 @@ def chunk_step(phase: Phase, layout: str) -> Callable[[Carry], Carry]:
 
 
 class Runner(NamedTuple):
-    """advance(carry, n) -> carry after n steps, compiled; `unit` = the largest sensible first n."""
+    """advance(carry, n) -> carry after n steps, compiled."""
 
     advance: Callable[[Carry, int], Carry]
 
@@ -257,7 +257,9 @@ def run_phase(
                 k: np.where(counts[k] > 0, sums[k] / np.maximum(counts[k], 1), np.nan) for k in sums
             }
             window = Window(done, means)
-            zero = {k: jnp.zeros_like(v) for k, v in carry.sums.items()}
+            # A host phase has no sums between steps, so that its saved tree is always the same.
+            names = () if phase.loop == "host" else tuple(carry.sums)
+            zero = {k: jnp.zeros_like(carry.sums[k]) for k in names}
             carry = carry._replace(sums=zero, counts=jax.tree.map(jnp.copy, zero))
         yield carry, window
 
