@@ -1,0 +1,59 @@
+"""Quantizers, rounding rules, reconstruction: pure functions over one low-bit record.
+
+from qlab.quantization import quantize_matrix, dequantize
+qt = quantize_matrix(w, x_calib, method="flexround", bits=3)     # w f32[out, in], x f32[N, in]
+w_hat = dequantize(qt)
+"""
+
+from qlab.quantization.adaquant import adaquant
+from qlab.quantization.adaround import adaround
+from qlab.quantization.flexround import flexround, lrq
+from qlab.quantization.gptq import fp_target, gptq_round, hessian_init, hessian_update
+from qlab.quantization.grid import Grid, make_grid, search_affine, search_symmetric
+from qlab.quantization.matrix import layer_report, quantize_matrix
+from qlab.quantization.packing import pack, pack_qtensor, unpack
+from qlab.quantization.qtensor import QTensor, clip_ste, dequantize, round_ste
+from qlab.quantization.quantizers import QUANTIZERS, Quantizer, identity, lsq_step, uniform
+from qlab.quantization.reconstruct import block_reconstruct
+from qlab.quantization.rounding import RoundingRule, rtn
+
+ROUNDING_RULES = {
+    "rtn": rtn,
+    "adaround": adaround,
+    "adaquant": adaquant,
+    "flexround": flexround,
+    "lrq": lrq,
+}
+
+__all__ = [
+    "QUANTIZERS",
+    "ROUNDING_RULES",
+    "Grid",
+    "QTensor",
+    "Quantizer",
+    "RoundingRule",
+    "adaquant",
+    "adaround",
+    "block_reconstruct",
+    "clip_ste",
+    "dequantize",
+    "flexround",
+    "fp_target",
+    "gptq_round",
+    "hessian_init",
+    "hessian_update",
+    "identity",
+    "layer_report",
+    "lrq",
+    "lsq_step",
+    "make_grid",
+    "pack",
+    "pack_qtensor",
+    "quantize_matrix",
+    "round_ste",
+    "rtn",
+    "search_affine",
+    "search_symmetric",
+    "uniform",
+    "unpack",
+]

@@ -1,0 +1,159 @@
+"""Trained nets, made once and cached: `train(name, key)` is deterministic in its arguments.
+
+Files lie in the user's own cache folder, named by a hash of everything that decides their content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qlab import data
+from qlab.lab.errors import UserError, nearest
+from qlab.nn.models import Model, cnn, mlp
+
+RECIPE_VERSION = 1  # raise it when training changes: old cache files are then no longer found
+
+
+class Recipe(NamedTuple):
+    """How a net of the zoo is made: Adam, one cosine to 0 after a short warm-up."""
+
+    kind: str  # "mlp" | "cnn"
+    widths: tuple[int, ...]  # mlp: all widths; cnn: channels
+    dataset: str
+    num_steps: int
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+
+
+ZOO = {
+    # Narrow and deep: a net with no width to spare, where two bits hurt.
+    "digits_deep": Recipe("mlp", (64,) + (24,) * 7 + (10,), "digits", 3000),
+    "digits_wide": Recipe("mlp", (64, 64, 64, 10), "digits", 1000),
+    "digits_small": Recipe("mlp", (64, 24, 24, 10), "digits", 600),
+    "digits_cnn": Recipe("cnn", (8, 16, 16), "digits", 800),
+    "mnist_cnn": Recipe("cnn", (8, 16, 16), "mnist", 1200),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`; an unknown name is a one-line error."""
+    if name not in ZOO:
+        raise UserError(f"no net is called {name!r} in the zoo{nearest(name, tuple(ZOO))}")
+    return ZOO[name]
+
+
+@lru_cache
+def model(kind: str, widths: Sequence[int]) -> Model:
+    """The net family of a recipe (kept: its functions are keys of compiled programs)."""
+    return mlp(widths) if kind == "mlp" else cnn(widths)
+
+
+def train(name: str, key: jax.Array, *, cache: Path | None = None):
+    """(model, params) of the zoo's net `name`, trained with `key` or read from the cache.
+
+    Args:
+      name: a key of ZOO. key: decides initialisation and order of the data.
+      cache: folder of the files; None: the user's own cache folder.
+    """
+    r = recipe(name)
+    net = model(r.kind, r.widths)
+    path = (data.cache_dir("zoo") if cache is None else cache) / f"{name}-{_digest(r, key)}.npz"
+    shapes = jax.eval_shape(net.init, key)
+    params = _read(path, shapes)
+    if params is None:
+        set_ = data.load(r.dataset)
+        params = _fit(net, r, key, jnp.asarray(set_.x_train), jnp.asarray(set_.y_train))
+        _write(path, params)
+    return net, params
+
+
+def _digest(r: Recipe, key: jax.Array) -> str:
+    what = [
+        RECIPE_VERSION,
+        r,
+        np.asarray(jax.random.key_data(key)).tolist(),
+        str(jax.random.key_impl(key)),
+    ]
+    what += [jax.__version__, jax.default_backend()]  # other versions may round otherwise
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _fit(net: Model, r: Recipe, key: jax.Array, x: jax.Array, y: jax.Array):
+    """All steps of training in one program; x f32[N, H, W, C], y i32[N]."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, r.learning_rate, r.num_steps // 20, r.num_steps)
+    optimizer = optax.adamw(rate, weight_decay=r.weight_decay)
+    k_init, k_data = jax.random.split(key)
+    params = net.init(k_init)
+
+    def loss_fn(params, batch):
+        logits = net.apply(params, x[batch])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y[batch]).mean()
+
+    def body(carry, i):
+        params, opt_state = carry
+        batch = jax.random.randint(jax.random.fold_in(k_data, i), (r.batch_size,), 0, len(x))
+        grads = jax.grad(loss_fn)(params, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    (params, _), _ = jax.lax.scan(body, (params, optimizer.init(params)), jnp.arange(r.num_steps))
+    return params
+
+
+def _read(path: Path, shapes):
+    """Params from a cache file, None if there is none or it does not fit (said in a line)."""
+    if not path.is_file():
+        return None
+    leaves, tree = jax.tree.flatten(shapes)
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            found = [f[str(i)] for i in range(len(leaves))]
+            digest = str(f["sha256"])
+        if [(a.shape, a.dtype) for a in found] != [(a.shape, a.dtype) for a in leaves]:
+            raise ValueError("other shapes than the recipe's")
+        if digest != _sum(found):
+            raise ValueError("checksum differs")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as e:
+        print(f"zoo: {path.name} is damaged ({e}); training again", flush=True)
+        return None
+    return jax.tree.unflatten(tree, [jnp.asarray(a) for a in found])
+
+
+def _sum(leaves: Sequence[np.ndarray]) -> str:
+    total = hashlib.sha256()
+    for a in leaves:
+        total.update(np.ascontiguousarray(a).tobytes())
+    return total.hexdigest()
+
+
+def _write(path: Path, params) -> None:
+    """Whole or not at all: written beside, then renamed."""
+    leaves = [np.asarray(a) for a in jax.tree.leaves(params)]
+    handle, beside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            np.savez(f, sha256=_sum(leaves), **{str(i): a for i, a in enumerate(leaves)})
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Percent right, f32[]."""
+    return 100.0 * (logits.argmax(-1) == labels).mean()

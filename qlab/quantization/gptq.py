@@ -1,0 +1,129 @@
+"""GPTQ: round column by column and let the columns to come absorb the error (Frantar et al., arXiv 2210.17323).
+
+The layer objective is tr(E H E^T), E = w_hat - w, with H the mean of x x^T over calibration inputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qlab.quantization.qtensor import expand, round_ties
+
+LADDER = 4  # dampings tried: damp times 1, 10, 100, 1000
+
+
+class HessianState(NamedTuple):
+    mean: jax.Array  # f[in, in], running mean of left^T x
+    count: jax.Array  # f[], rows seen
+
+
+def hessian_init(width: int) -> HessianState:
+    """Nothing seen yet; float64 where x64 is on."""
+    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    return HessianState(jnp.zeros((width, width), dtype), jnp.zeros((), dtype))
+
+
+def hessian_update(state: HessianState, x, mask=None, *, left=None) -> HessianState:
+    """Adds rows x f32[N, in] to the running mean of x^T x (of left^T x, if given: C = E[x_fp x_q^T]).
+
+    Args:
+      mask: bool[N], rows that count (padding does not).
+
+    >>> state = hessian_update(hessian_init(2), jnp.array([[1.0, 2.0], [3.0, 0.0]]))
+    >>> state.mean.tolist()
+    [[5.0, 1.0], [1.0, 2.0]]
+    """
+    x = x.astype(state.mean.dtype)
+    left = x if left is None else left.astype(x.dtype)
+    weight = jnp.ones(x.shape[0], x.dtype) if mask is None else mask.astype(x.dtype)
+    count = state.count + weight.sum()
+    total = state.mean * state.count + (left * weight[:, None]).T @ x
+    return HessianState(total / jnp.maximum(count, 1.0), count)
+
+
+def damping(h: jax.Array, damp) -> jax.Array:
+    """damp * mean of the live diagonal (an input that is always 0 says nothing about the scale)."""
+    diagonal = jnp.diagonal(h)
+    live = diagonal > 0
+    return damp * (diagonal * live).sum() / jnp.maximum(live.sum(), 1)
+
+
+def inverse_factor(h: jax.Array, damp) -> tuple[jax.Array, jax.Array]:
+    """Upper triangular U with U^T U = (h + damping I)^-1, and the rung of the ladder that was needed.
+
+    With h = R R^T, R upper triangular (a Cholesky of the reversed matrix), U = R^-1: one
+    factorisation instead of two. A failed one is retried with ten times the damping; rung
+    LADDER means that none was finite.
+    """
+    eye = jnp.eye(h.shape[0], dtype=h.dtype)
+
+    def factor(rung):
+        lam = damping(h, damp) * 10.0**rung
+        r = jnp.linalg.cholesky((h + lam * eye)[::-1, ::-1])[::-1, ::-1]
+        return jax.scipy.linalg.solve_triangular(r, eye, lower=False)
+
+    def failed(carry):
+        u, rung = carry
+        return ~jnp.isfinite(u).all() & (rung < LADDER - 1)
+
+    u, rung = jax.lax.while_loop(failed, lambda c: (factor(c[1] + 1), c[1] + 1), (factor(0), 0))
+    return u, jnp.where(jnp.isfinite(u).all(), rung, LADDER)
+
+
+def gptq_solve(w, h, scale, offset, q_min, q_max, *, perm=None, damp=0.01, ties="half_even"):
+    """(codes, rung): `gptq_round` with the rung of the damping ladder, 0 if the first one held."""
+    w = w.astype(h.dtype)
+    scale, offset = (jnp.broadcast_to(expand(a, w.shape), w.shape) for a in (scale, offset))
+    if perm is not None:
+        w, scale, offset, h = w[:, perm], scale[:, perm], offset[:, perm], h[perm][:, perm]
+    u, rung = inverse_factor(h, damp)
+    columns = jnp.arange(w.shape[1])
+
+    def body(i, carry):
+        w, codes = carry
+        s, z = scale[:, i], offset[:, i]
+        q = jnp.clip(round_ties((w[:, i] - z) / s, ties), q_min, q_max)
+        err = (w[:, i] - (q * s + z)) / u[i, i]
+        # columns up to i are final: u is upper triangular, and column i itself is not read again
+        w = w - jnp.outer(err, jnp.where(columns > i, u[i], 0.0))
+        return w, codes.at[:, i].set(q.astype(jnp.int32))
+
+    _, codes = jax.lax.fori_loop(0, w.shape[1], body, (w, jnp.zeros(w.shape, jnp.int32)))
+    return (codes if perm is None else codes[:, jnp.argsort(perm)]), rung
+
+
+def gptq_round(w, h, scale, offset, q_min, q_max, *, perm=None, damp=0.01, ties="half_even"):
+    """i32[out, in] codes q with scale * q + offset near w in the norm of h, one column after another.
+
+    Args:
+      w: f32[out, in]. h: f[in, in], the mean of x x^T.
+      scale, offset: f32[out, 1] (or [out, G], [out, in]), any affine grid; an integer zero point z
+        is offset = -scale * z.
+      perm: i32[in], order of the columns (act-order: descending diagonal of h); None: as they are.
+      damp: added to h, relative to its mean diagonal; ten-fold more is tried where that fails.
+        0: nothing is added, and a singular h is an error.
+
+    >>> codes = gptq_round(jnp.array([[0.6, 0.6]]), jnp.array([[1.0, 0.9], [0.9, 1.0]]),
+    ...                    jnp.ones((1, 1)), jnp.zeros((1, 1)), 0, 3)
+    >>> codes.tolist()  # the second weight pays back what the first was rounded up by
+    [[1, 0]]
+    """
+    codes, rung = gptq_solve(w, h, scale, offset, q_min, q_max, perm=perm, damp=damp, ties=ties)
+    if not isinstance(rung, jax.core.Tracer) and int(rung) >= (1 if damp == 0 else LADDER):
+        raise ValueError(
+            f"the Hessian ({h.shape[0]} inputs) is singular with damp={damp}; use a larger damp or more samples"
+        )
+    return codes
+
+
+def fp_target(w, c, h, damp=0.01) -> jax.Array:
+    """W* = W C H^-1: the weights that on quantized-prefix inputs best give W's output on float inputs.
+
+    min over W* of E |W* x_q - W x_fp|^2, with C = E[x_fp x_q^T] and H = E[x_q x_q^T], both damped by
+    the same multiple of the identity, so that W* = W where the prefix is exact.
+    """
+    lam = damping(h, damp) * jnp.eye(h.shape[0], dtype=h.dtype)
+    return jnp.linalg.solve(h + lam, (w.astype(h.dtype) @ (c + lam)).T).T

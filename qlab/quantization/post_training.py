@@ -1,0 +1,391 @@
+"""Post-training quantization of a chain of layers as an Experiment: the walk over units, for any method.
+
+Every unit (a layer, a block of layers, the whole net) is a Phase of equal "rounds". A round takes some
+gradient steps (or the closed form), hardens the unit as it then stands, and computes from the hardened
+weights the inputs of the unit after. So a run may stop after any round, nothing is kept outside the
+state, and the cost of hardening and of the prefix is spread over the steps of a round.
+
+Bits, granularity, net (plain or outlier twin), calibration draw and method key are data along a task
+axis T that is vmapped: one compiled round serves every task of an arm; units of one shape share it.
+
+What a seed varies, each with a sub-key of its own (fold_in 0, 1, 2 of the seed's key): the trained net
+(and its twin), the calibration draw, the method (order of minibatches, random initial values). Two tasks
+may repeat another one with a fresh draw or a fresh method key: half their mean squared difference
+estimates how much of the spread over seeds that part alone makes (`variance_split`).
+
+Letters: T = tasks, n = units of one shape, N = calibration samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlab.lab.experiment import Experiment, Phase
+from qlab.nn.chain import Chain, Layer, affine, forward
+from qlab.quantization.grid import Grid, calibrate, nearest_codes
+from qlab.quantization.methods import Method, Unit, squared_error
+from qlab.quantization.qtensor import QTensor, dequantize
+
+Target = Literal["same", "fp"]
+
+
+class Task(NamedTuple):
+    """One cell of the table: which net at how many bits. `draw` and `run` > 0 repeat a cell afresh."""
+
+    name: str
+    bits: int
+    granularity: str  # "tensor" | "channel"
+    net: str = "plain"
+    draw: int = 0  # calibration draw
+    run: int = 0  # method key
+
+
+class Group(NamedTuple):
+    """The arrays of n units of one shape; per position in the unit a tuple entry with axes T, n.
+
+    w, b: weights and biases. grid: their grids. q: the QTensors found so far. carry: the method's,
+    of the unit at work. x_q, x_fp: its inputs; next_q, next_fp: inputs of the unit to come.
+    error: f32[T, n, 2], layer MSE of the hardened unit and of rounding to nearest.
+    fallbacks: f32[T, n].
+    """
+
+    w: tuple[jax.Array, ...]
+    b: tuple[jax.Array, ...]
+    grid: tuple[Grid, ...]
+    q: tuple[QTensor, ...]
+    carry: Any
+    x_q: jax.Array
+    x_fp: jax.Array
+    next_q: jax.Array
+    next_fp: jax.Array
+    error: jax.Array
+    fallbacks: jax.Array
+
+
+class State(NamedTuple):
+    key: jax.Array  # key[T], of the method
+    step: jax.Array  # i32[], rounds done
+    groups: tuple[Group, ...]
+
+
+class _Plan(NamedTuple):
+    """Units start .. stop - 1 of one shape, `size` layers each; first: round number of the first."""
+
+    layers: tuple[tuple[int, ...], ...]
+    first: int
+
+
+def unit_layers(num_layers: int, unit: str) -> list[tuple[int, ...]]:
+    """Layer indices of each unit: "layer", "block" (two layers), or "net".
+
+    >>> unit_layers(3, "block")
+    [(0, 1), (2,)]
+    """
+    sizes = {"layer": 1, "block": 2, "net": num_layers}
+    if unit not in sizes:
+        raise ValueError(f'unit={unit!r}; use "layer", "block" or "net"')
+    layers = range(num_layers)
+    return [tuple(layers[i : i + sizes[unit]]) for i in range(0, num_layers, sizes[unit])]
+
+
+def post_training(
+    chain: Chain,
+    nets: Callable[[jax.Array], Mapping[str, Sequence[Layer]]],
+    pool: np.ndarray,
+    test: tuple[np.ndarray, np.ndarray],
+    tasks: Sequence[Task],
+    method: Method,
+    *,
+    target: Target = "fp",
+    unit: str = "layer",
+    num_calibration: int = 256,
+    grid_options: Mapping[str, Any] | None = None,
+    vary: Sequence[str] = ("net", "calibration", "method"),
+    seed_layout: Literal["vmap", "map"] = "vmap",
+    loop: Literal["scan", "step"] = "scan",
+) -> Experiment[State]:
+    """One arm of a comparison of weight-quantization methods.
+
+    Args:
+      chain: static part of the net. nets: key -> {net name: layers}, e.g. plain and twin; trained.
+      pool: f32[M, ...] images to draw calibration samples from. test: (images, labels i32).
+      tasks: the cells; widths up to 8 bits. Cells with draw or run > 0 must follow their original.
+      method: see qlab.quantization.methods.
+      target: what a unit's output on quantized-prefix inputs is compared with: the float unit on
+        float inputs ("fp") or on the same inputs ("same"). Must be equal over all arms.
+      unit: "layer", "block" or "net". grid_options: of `calibrate` (symmetric, calibration, ...).
+      vary: which of the three parts the seed decides; the others keep their key of seed-less 0.
+
+    Returns:
+      An Experiment whose evaluate gives per task accuracy (%), fp_accuracy (%), mse_ratio
+      (geometric mean over units of layer MSE / that of rounding to nearest on the same grid and
+      inputs), moved and moved2 (% of weights one or more / two or more steps from nearest),
+      stored_bits, bytes, fallbacks and sites_total; and the split of variance.
+    """
+    if target not in ("same", "fp"):
+        raise ValueError(f'target={target!r}; use "same" or "fp"')
+    if num_calibration > len(pool):
+        raise ValueError(
+            f"num_calibration={num_calibration}, but the pool holds {len(pool)} samples"
+        )
+    unknown = set(vary) - {"net", "calibration", "method"}
+    if unknown:
+        raise ValueError(f'vary={tuple(vary)}; use some of "net", "calibration", "method"')
+    options = dict(grid_options or {})
+    units = unit_layers(len(chain.names), "layer" if method.layerwise else unit)
+    max_bits = max(t.bits for t in tasks)
+    sample = jax.ShapeDtypeStruct((num_calibration, *pool.shape[1:]), jnp.float32)
+    shapes = jax.eval_shape(nets, jax.random.key(0))[tasks[0].net]
+    plans = _plan(chain, shapes, units, sample, method.rounds)
+    bits = jnp.array([t.bits for t in tasks])
+    shared = jnp.array([t.granularity == "tensor" for t in tasks])
+    make_grid = partial(calibrate, max_bits=max_bits, **options)
+    make_grids = jax.jit(jax.vmap(jax.vmap(make_grid, (0, None, None))))
+
+    def init(key: jax.Array) -> State:
+        parts = {
+            name: jax.random.fold_in(key if name in vary else jax.random.key(0), i)
+            for i, name in enumerate(("net", "calibration", "method"))
+        }
+        made = nets(parts["net"])
+        layers = [made[t.net] for t in tasks]
+        draws = [jax.random.fold_in(parts["calibration"], t.draw) for t in tasks]
+        images = jnp.stack(
+            [pool[jax.random.permutation(k, len(pool))[:num_calibration]] for k in draws]
+        )
+        keys = jnp.stack([jax.random.fold_in(parts["method"], t.run) for t in tasks])
+        x0 = jax.vmap(chain.pre[0])(images)
+        groups, x_shape = [], x0.shape
+        for plan in plans:
+            first = plan.layers[0]
+            pick = lambda j, f: jnp.stack(
+                [jnp.stack([f(net[u[j]]) for u in plan.layers]) for net in layers]
+            )  # noqa: E731
+            w = tuple(pick(j, lambda layer: layer.w) for j in range(len(first)))
+            b = tuple(pick(j, lambda layer: layer.b) for j in range(len(first)))
+            grid = tuple(make_grids(a, bits, shared) for a in w)
+            q = tuple(jax.vmap(jax.vmap(_nearest))(a, g) for a, g in zip(w, grid, strict=True))
+            here = jax.tree.map(lambda a: a[:, 0], (w, grid))
+            carry = jax.jit(jax.vmap(method.init))(*here, keys)
+            x = x0 if plan.first == 0 else jnp.zeros(x_shape)
+            n = len(plan.layers)
+            groups.append(
+                Group(
+                    w,
+                    b,
+                    grid,
+                    q,
+                    carry,
+                    jnp.zeros_like(x),
+                    jnp.zeros_like(x),
+                    x,
+                    x,
+                    jnp.ones((len(tasks), n, 2)),
+                    jnp.zeros((len(tasks), n)),
+                )  # fmt: skip
+            )
+            x_shape = _next_shape(chain, plan, w, x_shape)
+        return State(keys, jnp.zeros((), jnp.int32), tuple(groups))
+
+    def make_step(g: int) -> Callable[[State], tuple[State, dict[str, jax.Array]]]:
+        plan = plans[g]
+        within = _pre_of_next(chain, plan, 1)
+        onward = chain.pre[plan.layers[-1][-1] + 1] if g + 1 < len(plans) else None
+
+        def one_task(key, group: Group, i, local):
+            """A round of one task; i = unit within the group, local = round within the unit."""
+            at = lambda tree: jax.tree.map(
+                lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False), tree
+            )  # noqa: E731
+            w, b, grid = at(group.w), at(group.b), at(group.grid)
+            new = partial(jax.tree.map, partial(jnp.where, local == 0))
+            x_q, x_fp = new((group.next_q, group.next_fp), (group.x_q, group.x_fp))
+            k_unit = jax.random.fold_in(key, plan.first // method.rounds + i)
+            k_init, k_round = jax.random.split(k_unit)
+            carry = new(method.init(w, grid, k_init), group.carry)
+
+            def unit_forward(w_hat, x):
+                for j, (a, c) in enumerate(zip(w_hat, b, strict=True)):
+                    x = affine(Layer(a, c), x if j == 0 else chain.pre[plan.layers[0][j]](x))
+                return x
+
+            y_fp = unit_forward(w, x_fp)
+            y = y_fp if target == "fp" else unit_forward(w, x_q)
+            # With target "same" the float input of a unit is its input behind the quantized prefix.
+            task = Unit(w, grid, unit_forward, x_q, x_fp if target == "fp" else x_q, y)
+            carry, loss = method.round(carry, task, k_round, local)
+            q, fallbacks = method.hard(carry, task)
+            y_hat = unit_forward(tuple(map(dequantize, q)), x_q)
+            y_near = unit_forward(
+                tuple(dequantize(_nearest(a, c)) for a, c in zip(w, grid, strict=True)), x_q
+            )
+            error = jnp.stack([squared_error(y_hat, y), squared_error(y_near, y)])
+            put = partial(
+                jax.tree.map, lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, i, 0)
+            )
+            group = group._replace(
+                q=put(group.q, q),
+                carry=carry,
+                x_q=x_q,
+                x_fp=x_fp,
+                error=put(group.error, error),
+                fallbacks=put(group.fallbacks, fallbacks),
+            )
+            if within is not None:
+                group = group._replace(next_q=within(y_hat), next_fp=within(y_fp))
+            ahead = () if onward is None else (onward(y_hat), onward(y_fp))
+            return group, ahead, loss / jnp.maximum(error[1], 1e-12), error
+
+        def step(state: State):
+            done = state.step - plan.first
+            i, local = done // method.rounds, done % method.rounds
+            run = jax.vmap(one_task, in_axes=(0, 0, None, None))
+            group, ahead, loss, error = run(state.key, state.groups[g], i, local)
+            groups = list(state.groups)
+            groups[g] = group
+            if ahead:
+                groups[g + 1] = groups[g + 1]._replace(next_q=ahead[0], next_fp=ahead[1])
+            ratio = error[:, 0] / jnp.maximum(error[:, 1], 1e-12)
+            metrics = {"loss": loss.mean(), "mse_ratio": ratio.mean()}
+            return State(state.key, state.step + 1, tuple(groups)), metrics
+
+        return jax.jit(step)  # one object for all units of the group: traced once
+
+    steps = [make_step(g) for g in range(len(plans))]
+    phases = tuple(
+        Phase("+".join(chain.names[i] for i in u), method.rounds, steps[g], loop)
+        for g, plan in enumerate(plans)
+        for u in plan.layers
+    )
+    x_test, y_test = jnp.asarray(test[0]), jnp.asarray(test[1])
+
+    def evaluate(state: State) -> dict[str, jax.Array]:
+        def one_task(groups):
+            layers, floats, moved = {}, {}, []
+            for plan, group in zip(plans, groups, strict=True):
+                for n, u in enumerate(plan.layers):
+                    for j, layer in enumerate(u):
+                        w, b, grid, q = jax.tree.map(
+                            lambda a: a[n], (group.w[j], group.b[j], group.grid[j], group.q[j])
+                        )
+                        layers[layer] = Layer(dequantize(q), b)
+                        floats[layer] = Layer(w, b)
+                        far = jnp.abs(q.codes.astype(jnp.float32) - nearest_codes(w, grid))
+                        moved.append(jnp.stack([(far >= 1).mean(), (far >= 2).mean()]) * 100.0)
+            order = range(len(chain.names))
+            hits = [
+                (forward(chain, [net[i] for i in order], x_test).argmax(-1) == y_test).mean()
+                * 100.0
+                for net in (layers, floats)
+            ]
+            error = jnp.concatenate([group.error for group in groups])
+            floor = jnp.maximum(error, 1e-12)
+            return {
+                "accuracy": hits[0],
+                "fp_accuracy": hits[1],
+                "mse_ratio": jnp.exp(jnp.log(floor[:, 0] / floor[:, 1]).mean()),
+                "moved": jnp.stack(moved).mean(0)[0],
+                "moved2": jnp.stack(moved).mean(0)[1],
+                "fallbacks": sum(group.fallbacks.sum() for group in groups),
+                "sites_total": jnp.float32(len(chain.names)),
+            }
+
+        values = jax.vmap(one_task)(state.groups)
+        out = {}
+        for t, task in enumerate(tasks):
+            if task.draw == 0 and task.run == 0:
+                out |= {f"{task.name}/{name}": v[t] for name, v in values.items()}
+                sizes = [layer.w.shape for layer in shapes]
+                out |= {
+                    f"{task.name}/{k}": jnp.float32(v)
+                    for k, v in storage(sizes, task, options).items()
+                }
+        return out | variance_split(tasks, values["accuracy"])
+
+    return Experiment(init, evaluate, phases, seed_layout)
+
+
+def storage(
+    sizes: Sequence[tuple[int, ...]], task: Task, options: Mapping[str, Any]
+) -> dict[str, float]:
+    """Bytes of the packed weights with scales (f32) and zero points (a byte), and bits per weight.
+
+    >>> storage([(10, 16)], Task("w2", 2, "channel"), {})
+    {'bytes': 90.0, 'stored_bits': 4.5}
+    """
+    num_bytes = 0
+    for rows, cols in sizes:
+        scales = 1 if task.granularity == "tensor" else rows
+        num_bytes += rows * -(-cols * task.bits // 8) + scales * (
+            4 if options.get("symmetric") else 5
+        )
+    return {
+        "bytes": float(num_bytes),
+        "stored_bits": 8.0 * num_bytes / sum(r * c for r, c in sizes),
+    }
+
+
+def variance_split(tasks: Sequence[Task], accuracy: jax.Array) -> dict[str, jax.Array]:
+    """Shares of the spread over seeds, from tasks that repeat another with a fresh draw or method key.
+
+    For a repeat that differs in the method key only, E (a - a')^2 / 2 is the variance that key makes;
+    for one that differs in draw and key, it is that of both. The mean of these rows over seeds is
+    the estimate; what is left of the variance of `accuracy` over seeds is the trained net's.
+
+    >>> tasks = [Task("w2", 2, "channel"), Task("w2", 2, "channel", run=1)]
+    >>> float(variance_split(tasks, jnp.array([90.0, 92.0]))["w2/variance_method"])
+    2.0
+    """
+    home = {t.name: i for i, t in enumerate(tasks) if t.draw == 0 and t.run == 0}
+    out = {}
+    for i, t in enumerate(tasks):
+        if t.draw or t.run:
+            what = "variance_calibration_and_method" if t.draw else "variance_method"
+            out[f"{t.name}/{what}"] = (accuracy[i] - accuracy[home[t.name]]) ** 2 / 2
+    return out
+
+
+def _nearest(w: jax.Array, grid: Grid) -> QTensor:
+    return grid.qtensor(nearest_codes(w, grid), w.shape)
+
+
+def _plan(chain, shapes, units, sample, rounds) -> tuple[_Plan, ...]:
+    """Consecutive units of one shape, with one pre-function before each but the first, form a group."""
+    plans, x = [], jax.eval_shape(chain.pre[0], sample)
+    last = None
+    for number, unit in enumerate(units):
+        inner = tuple(chain.pre[i] for i in unit[1:])
+        same = (tuple(shapes[i].w.shape for i in unit), inner, x.shape)
+        pre = chain.pre[unit[0]]
+        group = plans[-1].layers if plans else ()
+        if same == last and (len(group) == 1 or chain.pre[group[1][0]] is pre):
+            plans[-1] = plans[-1]._replace(layers=(*group, unit))
+        else:
+            plans.append(_Plan((unit,), number * rounds))
+        last = same
+        for j, i in enumerate(unit):
+            x = x if j == 0 else jax.eval_shape(chain.pre[i], x)
+            x = jax.ShapeDtypeStruct((*x.shape[:-1], shapes[i].w.shape[0]), x.dtype)
+        if unit[-1] + 1 < len(chain.pre):
+            x = jax.eval_shape(chain.pre[unit[-1] + 1], x)
+    return tuple(plans)
+
+
+def _pre_of_next(chain: Chain, plan: _Plan, unit: int):
+    return chain.pre[plan.layers[unit][0]] if len(plan.layers) > unit else None
+
+
+def _next_shape(chain, plan, w, x_shape):
+    """Shape (with T) of the inputs of the group after this one."""
+    x = jax.ShapeDtypeStruct(x_shape, jnp.float32)
+    for j, i in enumerate(plan.layers[-1]):
+        x = x if j == 0 else jax.eval_shape(jax.vmap(chain.pre[i]), x)
+        x = jax.ShapeDtypeStruct((*x.shape[:-1], w[j].shape[-2]), jnp.float32)
+    after = plan.layers[-1][-1] + 1
+    return jax.eval_shape(jax.vmap(chain.pre[after]), x).shape if after < len(chain.pre) else ()
