@@ -198,7 +198,7 @@ def _run_phases(
                         log.write(rows)
                         _to_tensorboard(tensorboard, rows, step)
                         loss = window.means.get("loss")
-                        note = "" if loss is None else f"loss {np.nanmean(loss):.4g}"
+                        note = "" if loss is None else f"loss {_mean(loss):.4g}"
                         ctx.console.update(step, total, note)
                     due = max(config.checkpoint_every_s, save_cost / MAX_SAVE_SHARE)
                     if ctx.stop.why or time.monotonic() - last_save > due:
@@ -225,6 +225,12 @@ def _note_dead(
             f"{ctx.label}: seed {seed} became non-finite at step {step}; it is frozen there"
         )
     return {**known, **new}
+
+
+def _mean(values: Any) -> float:
+    """Mean of the finite ones, NaN (without a warning) if none is."""
+    finite = np.asarray(values)[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else float("nan")
 
 
 def _metric_rows(
@@ -319,4 +325,4 @@ def _to_tensorboard(writer: Any, rows: list[dict[str, Any]], step: int) -> None:
         return
     for name in rows[0]["metrics"]:
         values = [r["metrics"][name] for r in rows]
-        writer.add_scalar(f"{rows[0]['phase']}/{name}", float(np.nanmean(values)), step)
+        writer.add_scalar(f"{rows[0]['phase']}/{name}", _mean(values), step)

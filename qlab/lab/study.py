@@ -274,7 +274,7 @@ def finish(
 ) -> Result:
     """results.jsonl of all finished arms, claims.json, report.html, and the printed tables."""
     from qlab.lab import claims as claim_table
-    from qlab.lab import pages, tables
+    from qlab.lab import tables
 
     rows = []
     for name in manifest["arms"]:
@@ -288,12 +288,27 @@ def finish(
     records.write_atomic(workdir / "results.jsonl", "".join(records.dumps(r) + "\n" for r in rows))
     records.write_json(workdir / "claims.json", [v._asdict() for v in verdicts])
     records.write_json(workdir / "manifest.json", manifest)
-    page = pages.write_page(workdir)
+    page = _draw(workdir, console)
     if not console.quiet:
         tables.print_results(rows, manifest["metrics"])
         tables.print_claims(verdicts)
         print(f"\npage: {page}", flush=True)
     return Result(workdir, page, rows, verdicts)
+
+
+def _draw(workdir: Path, console: Console) -> Path:
+    """report.html. The numbers are on disk already, so a page that cannot be drawn is only said."""
+    try:
+        from qlab.lab import pages
+
+        return pages.write_page(workdir)
+    except UserError:
+        raise
+    except Exception as e:
+        console.say(
+            f"the page could not be drawn ({type(e).__name__}: {e}); python -m qlab.report {workdir} tries again"
+        )
+        return workdir / "report.html"
 
 
 def _concerns(claim: Any, row: Mapping[str, Any]) -> bool:

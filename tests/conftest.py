@@ -1,0 +1,41 @@
+"""Shared fixtures, and which slow tests run: all with --slow, else a third that rotates by day."""
+
+import datetime
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TOYS = Path(__file__).parent / "toys"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run all slow tests")
+    parser.addoption("--fast", action="store_true", help="run no slow tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow") or "slow" in (config.option.markexpr or ""):
+        return
+    day = int(os.environ.get("QLAB_TEST_DAY", datetime.date.today().toordinal()))
+    for item in items:
+        turn = zlib.crc32(item.nodeid.encode()) % 3 == day % 3
+        if "slow" in item.keywords and (config.getoption("--fast") or not turn):
+            item.add_marker(pytest.mark.skip(reason="slow: another day's turn, or --slow"))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A folder with the toy study's two files, made the current one; gives the config's path."""
+    for file in TOYS.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "toy.py"
