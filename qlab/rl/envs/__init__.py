@@ -1,0 +1,1 @@
+"""Environments as pure functions; see qlab.rl.envs.env for the contract."""

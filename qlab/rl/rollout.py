@@ -1,0 +1,64 @@
+"""Experience from an environment, in one scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qlab.rl.agent import Transition
+from qlab.rl.envs.env import Env
+
+# (memory, key, obs, first) -> (memory, action); `first` is true at the first step of an episode.
+Policy = Callable[[Any, jax.Array, Any, jax.Array], tuple[Any, jax.Array]]
+
+
+def collect(
+    env: Env, policy: Policy, memory: Any, key: jax.Array, num_steps: int, discount: float
+) -> tuple[Transition, jax.Array]:
+    """num_steps transitions of one environment in order, and bool[num_steps]: an episode ended here."""
+    k_reset, k_steps = jax.random.split(key)
+    state, obs = env.reset(k_reset)
+
+    def one(carry, i):
+        state, obs, first, memory = carry
+        k_act, k_env = jax.random.split(jax.random.fold_in(k_steps, i))
+        memory, action = policy(memory, k_act, obs, first)
+        state, ts = env.step(state, action, k_env)
+        row = Transition(
+            obs=obs,
+            action=action,
+            reward=ts.reward,
+            discount=discount * (1.0 - ts.terminated),
+            next_obs=ts.final_obs,
+        )
+        over = ts.terminated | ts.truncated
+        return (state, ts.obs, over, memory), (row, over)
+
+    carry = (state, obs, jnp.bool_(True), memory)
+    return jax.lax.scan(one, carry, jnp.arange(num_steps))[1]
+
+
+def episode_returns(reward: jax.Array, ends: jax.Array, discount: float) -> jax.Array:
+    """The discounted return of its whole episode at every step, f32[T] from reward f32[T], ends bool[T].
+
+    >>> episode_returns(jnp.array([0.0, 1.0, 5.0]), jnp.array([False, True, True]), 0.5).tolist()
+    [0.5, 0.5, 5.0]
+    """
+
+    def back(after, x):
+        r, end = x
+        to_go = r + discount * jnp.where(end, 0.0, after)
+        return to_go, to_go
+
+    _, to_go = jax.lax.scan(back, jnp.float32(0), (reward, ends), reverse=True)
+    first = jnp.concatenate([jnp.ones(1, bool), ends[:-1]])
+
+    def forth(current, x):
+        value, is_first = x
+        current = jnp.where(is_first, value, current)
+        return current, current
+
+    return jax.lax.scan(forth, jnp.float32(0), (to_go, first))[1]
