@@ -35,29 +35,35 @@ __all__ = [
 
 
 class _Entry(NamedTuple):
-    """A name: what makes its arrays, and which registered files that reads."""
+    """A name: what makes its arrays, and the files that holds.
+
+    sources: alternatives, the best first: (key in DATASETS, start of the paths it reads); none:
+      embedded.
+    """
 
     make: Callable[..., Any]
-    dataset: str | None = None  # None: embedded
-    files: str = ""  # only the files whose path starts with this
+    sources: tuple[tuple[str, str], ...] = ()
 
 
 def _entries() -> dict[str, _Entry]:
+    def idx(name):
+        return _Entry(partial(images.idx_set, name), ((name, ""),))
+
     table = {
         "digits": _Entry(images.digits),
-        "mnist": _Entry(partial(images.idx_set, "mnist"), "mnist"),
-        "fashion_mnist": _Entry(partial(images.idx_set, "fashion_mnist"), "fashion_mnist"),
-        "cifar10": _Entry(cifar.cifar10, "cifar10", "cifar-10-binary"),
-        "cifar10_subset": _Entry(cifar.cifar10_subset, "cifar10_subset"),
-        "tiny_shakespeare": _Entry(text.tiny_shakespeare, "tiny_shakespeare"),
-        "molecule": _Entry(molecules.molecule, "molecule"),
+        "mnist": idx("mnist"),
+        "fashion_mnist": idx("fashion_mnist"),
+        "cifar10": _Entry(cifar.cifar10, cifar.ARCHIVES),
+        "cifar10_subset": _Entry(cifar.cifar10_subset, cifar.SUBSET),
+        "tiny_shakespeare": _Entry(text.tiny_shakespeare, (("tiny_shakespeare", ""),)),
+        "molecule": _Entry(molecules.molecule, (("molecule", ""),)),
     }
     for puzzle in puzzles.PUZZLES:
-        table[puzzle] = _Entry(partial(puzzles.puzzles, puzzle), "deepcubea", puzzle)
+        table[puzzle] = _Entry(partial(puzzles.puzzles, puzzle), puzzles.sources(puzzle))
     for short, folder in molecules.MOLECULES.items():
         for e in molecules.ENCODINGS:
             make = partial(molecules.molecule, folder, e)
-            table[f"{short}_{e}"] = _Entry(make, "molecule", folder)
+            table[f"{short}_{e}"] = _Entry(make, (("molecule", folder),))
     return table
 
 
@@ -95,26 +101,30 @@ def load(name: str, /, **options) -> Any:
     return make(**options)
 
 
-def files(name: str) -> list[tuple[str, File]]:
-    """The registered files that `load(name)` reads: (key in DATASETS, file)."""
-    entry = _entry(name)
-    if entry.dataset is None:
-        return []
-    return [
-        (entry.dataset, f) for f in DATASETS[entry.dataset].files if f.path.startswith(entry.files)
-    ]
+def files(name: str) -> tuple[str, tuple[File, ...]] | None:
+    """The registered files that `load(name)` reads on this machine.
+
+    Returns:
+      (key in DATASETS, files), or None for an embedded set.
+    """
+    groups = []
+    for key, start in _entry(name).sources:
+        group = tuple(f for f in DATASETS[key].files if f.path.startswith(start))
+        if all(find(DATASETS[key], f) for f in group):
+            return key, group
+        groups.append((key, group))
+    return next((g for g in groups if DATASETS[g[0]].urls), None)
 
 
 def describe(name: str) -> str:
     """What the set is, whence, its licence, and where its files are on this machine."""
-    entry = _entry(name)
-    if entry.dataset is None:
+    entry, used = _entry(name), files(name)
+    if used is None:
         doc = (inspect.getdoc(entry.make) or "").splitlines()[0]
         return f"{name}\n  about    {doc}\n  files    none: comes with scikit-learn"
-    d = DATASETS[entry.dataset]
-    source = d.urls[0] if d.urls else "only from $QLAB_DATA (converted from its origin)"
-    rows = [f"{name}", f"  about    {d.about}", f"  origin   {d.origin}"]
-    rows += [f"  licence  {d.licence}", f"  source   {source}"]
-    for _, f in files(name):
+    first, d = DATASETS[entry.sources[0][0]], DATASETS[used[0]]
+    rows = [name, f"  about    {first.about}", f"  origin   {d.origin}"]
+    rows += [f"  licence  {d.licence}", *(f"  source   {url}" for url in d.urls)]
+    for f in used[1]:
         rows.append(f"  file     {d.folder}/{f.path}  {f.size:,} bytes  {find(d, f) or 'not here'}")
     return "\n".join(rows)

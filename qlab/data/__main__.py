@@ -10,11 +10,12 @@ from qlab.lab.errors import UserError
 
 
 def _state(name: str) -> str:
-    needed = data.files(name)
-    if not needed:
+    used = data.files(name)
+    if used is None:
         return "embedded"
-    here = sum(find(DATASETS[d], f) is not None for d, f in needed)
-    size = sum(f.size for _, f in needed) / 1e6
+    key, needed = used
+    here = sum(find(DATASETS[key], f) is not None for f in needed)
+    size = sum(f.size for f in needed) / 1e6
     return f"{here} of {len(needed)} files here, {size:.1f} MB"
 
 
@@ -28,9 +29,10 @@ def main(argv: list[str] | None = None) -> int:
             for name in data.names():
                 print(f"{name:18} {_state(name)}")
         for name in args.names:
-            if args.get:
-                for d, f in data.files(name):
-                    read(DATASETS[d], f.path)
+            used = data.files(name)
+            if args.get and used:
+                for f in used[1]:
+                    read(DATASETS[used[0]], f.path)
             print(data.describe(name))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -3,17 +3,17 @@
 Letters: N examples. Images are u8[N, 32, 32, 3] here; `from_uint8` scales them.
 """
 
+import hashlib
 import io
-import pickle
 import tarfile
 import zipfile
 import zlib
 
 import numpy as np
 
-from qlab.data.files import find, read
+from qlab.data.files import first_here, read
 from qlab.data.images import Classification, check_labels, from_uint8
-from qlab.data.registry import DATASETS
+from qlab.data.pickles import open_pickle
 from qlab.lab.errors import UserError
 
 _PIXELS = 3 * 32 * 32
@@ -40,37 +40,17 @@ def parse_binary_batch(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]
     return _as_images(records[:, 1:]), records[:, 0].copy()
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Opens a pickle that holds only arrays, lists and strings; runs nothing else it names."""
-
-    def find_class(self, module, name):
-        # The published batches name the module as NumPy 1 did.
-        if (module.replace("numpy._core", "numpy.core"), name) == (
-            "numpy.core.multiarray",
-            "_reconstruct",
-        ):
-            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            return np.dtype
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
 def parse_python_batch(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
     """One data_batch_* of the python version: a pickled dict with b"data" and b"labels".
 
     Returns:
       (x u8[N, 32, 32, 3], y u8[N]).
     """
-    try:
-        batch = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
-        x, y = batch[b"data"], np.asarray(batch[b"labels"])
-        good = x.dtype == np.uint8 and x.shape == (len(y), _PIXELS) and y.dtype.kind in "iu"
-    except Exception as e:  # a damaged pickle can raise almost anything
-        raise UserError(
-            f"{where}: not a CIFAR-10 python batch ({type(e).__name__}: {' '.join(str(e).split())})"
-        ) from e
+    batch = open_pickle(data, where)
+    if not isinstance(batch, dict) or not {b"data", b"labels"} <= set(batch):
+        raise UserError(f"{where}: no dict with b'data' and b'labels'; it is not CIFAR-10")
+    x, y = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
+    good = x.dtype == np.uint8 and x.shape == (len(y), _PIXELS) and y.dtype.kind in "iu"
     if not good:
         raise UserError(
             f"{where}: b'data' is {x.dtype}{x.shape} with {len(y)} labels, "
@@ -111,17 +91,22 @@ def parse_archive(data: bytes, where: str) -> tuple[np.ndarray, ...]:
     return x_train, y_train, *batches[5]
 
 
-def _full() -> tuple[np.ndarray, ...]:
-    dataset = DATASETS["cifar10"]
-    binary, python = dataset.files
-    # The binary archive is the one that is downloaded; a python archive at hand saves that.
-    use_python = find(dataset, binary) is None and find(dataset, python) is not None
-    return parse_archive(*read(dataset, (python if use_python else binary).path))
+# The binary archive is the one that is downloaded; a python archive at hand saves that.
+ARCHIVES = (("cifar10", "cifar-10-binary.tar.gz"), ("cifar10", "cifar-10-python.tar.gz"))
+
+
+def _from_archive(data: bytes, where: str) -> tuple[np.ndarray, ...]:
+    arrays = parse_archive(data, where)
+    if (len(arrays[0]), len(arrays[2])) != (50_000, 10_000):
+        raise UserError(
+            f"{where}: {len(arrays[0])} + {len(arrays[2])} images, expected 50,000 + 10,000"
+        )
+    return arrays
 
 
 def cifar10() -> Classification:
     """CIFAR-10: the last 5,000 of the 50,000 training images are validation."""
-    return from_uint8(*_full(), num_val=5000)
+    return from_uint8(*_from_archive(*read(*first_here(*ARCHIVES))), num_val=5000)
 
 
 def parse_npz(data: bytes, where: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -134,19 +119,35 @@ def parse_npz(data: bytes, where: str, names: tuple[str, ...]) -> dict[str, np.n
         raise UserError(f"{where}: not a good npz with {', '.join(names)} ({reason})") from e
 
 
+SUBSET = (("cifar10_subset", "cifar10_subset.npz"), *ARCHIVES)
+# Of the pixels and labels (x_train, y_train, x_test, y_test), whichever file they come from.
+_SUBSET_SHA256 = "7321221f27344074d239a5311bba4efa8cd088fb5733eaeda5dde33a376d8884"
+
+
 def cifar10_subset() -> Classification:
-    """The first 8,000 + 1,000 images of CIFAR-10: the last 800 training images are validation."""
-    data, where = read(DATASETS["cifar10_subset"], "cifar10_subset.npz")
-    z = parse_npz(data, where, ("x_train", "y_train", "x_test", "y_test"))
-    for part, n in (("train", 8000), ("test", 1000)):
-        x, y = z[f"x_{part}"], z[f"y_{part}"]
-        if (x.dtype, x.shape) != (np.uint8, (n, 32, 32, 3)) or (y.dtype, y.shape) != (
-            np.uint8,
-            (n,),
-        ):
-            raise UserError(
-                f"{where}: x_{part} is {x.dtype}{x.shape} and y_{part} {y.dtype}{y.shape}, "
-                f"expected uint8 ({n}, 32, 32, 3) and uint8 ({n},)"
-            )
-        check_labels(y, 10, where)
-    return from_uint8(z["x_train"], z["y_train"], z["x_test"], z["y_test"], num_val=800)
+    """The first 8,000 + 1,000 images of CIFAR-10: the last 800 training images are validation.
+
+    Read from the small npz where it is at hand, else cut out of the whole set.
+    """
+    dataset, path = first_here(*SUBSET)
+    data, where = read(dataset, path)
+    if path.endswith(".npz"):
+        z = parse_npz(data, where, ("x_train", "y_train", "x_test", "y_test"))
+        parts = z["x_train"], z["y_train"], z["x_test"], z["y_test"]
+    else:
+        x_train, y_train, x_test, y_test = _from_archive(data, where)
+        parts = x_train[:8000], y_train[:8000], x_test[:1000], y_test[:1000]
+    return from_uint8(*check_subset(parts, where), num_val=800)
+
+
+def check_subset(parts: tuple[np.ndarray, ...], where: str) -> tuple[np.ndarray, ...]:
+    """The same arrays if they are the 8,000 + 1,000 images, byte for byte."""
+    digest = hashlib.sha256()
+    for a in parts:
+        digest.update(np.ascontiguousarray(a).data)
+    if any(a.dtype != np.uint8 for a in parts) or digest.hexdigest() != _SUBSET_SHA256:
+        raise UserError(
+            f"{where}: its first images are not those of CIFAR-10's subset "
+            f"(sha256 {digest.hexdigest()}, expected {_SUBSET_SHA256}); get the original file"
+        )
+    return parts

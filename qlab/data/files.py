@@ -12,7 +12,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from qlab.data.registry import DataSet, File
+from qlab.data.registry import DATASETS, DataSet, File
 from qlab.lab.errors import UserError
 
 
@@ -69,6 +69,19 @@ def find(dataset: DataSet, file: File) -> Path | None:
     return None
 
 
+def first_here(*sources: tuple[str, str]) -> tuple[DataSet, str]:
+    """Which of several files with the same data to read.
+
+    Args:
+      sources: (key in DATASETS, file), the best first.
+    Returns:
+      The first that is on this machine, else the first that can be downloaded.
+    """
+    rows = [(DATASETS[key], path) for key, path in sources]
+    here = (row for row in rows if find(row[0], row[0].file(row[1])))
+    return next(here, None) or next(row for row in rows if row[0].urls)
+
+
 def _absent(dataset: DataSet, file: File, reason: str) -> UserError:
     have = os.environ.get("QLAB_DATA")
     state = f"now {have}" if have else "now not set"
@@ -78,7 +91,7 @@ def _absent(dataset: DataSet, file: File, reason: str) -> UserError:
     )
     if dataset.urls:
         return UserError(f"{line}, or run once with network to download it ({reason})")
-    return UserError(f"{line}; this file was converted from its origin and cannot be downloaded")
+    return UserError(f"{line}; it cannot be downloaded")
 
 
 def download(dataset: DataSet, file: File) -> Path:

@@ -148,7 +148,7 @@ input.txt 1115394 86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565
     "deepcubea": DataSet(
         folder="deepcubea",
         about="DeepCubeA's test states: 500 Rubik cubes, 250 15-puzzles, 250 Lights Out 7x7",
-        origin="F. Agostinelli et al. 2019, github forestagostinelli/DeepCubeA; every second state, pickle converted to npz",
+        origin="F. Agostinelli et al. 2019, github forestagostinelli/DeepCubeA; every second state, converted to npz",
         licence="MIT",
         files=_files("""
 cube3_test.npz 43418 9d1ca8933460220e170739fe90a147abf2041e1838abec904c4d3da2ba24384f
@@ -156,5 +156,19 @@ puzzle15_test.npz 9563 d2d2cef2ded027e2f78c1cab3dbc4dd29809dedba5a614c96f8be79bd
 lightsout7_test.npz 2274 4192a0c086f1f9909c334e34ee0737ade74f6a2887d7b6d84be64c10901f5c4f
 """),
         urls=(),
+    ),
+    "deepcubea_original": DataSet(
+        folder="deepcubea",
+        about="DeepCubeA's test states as published: 1,000 cubes, 500 15-puzzles, 500 Lights Out 7x7",
+        origin="F. Agostinelli et al. 2019, github forestagostinelli/DeepCubeA",
+        licence="MIT",
+        files=_files("""
+cube3/test/data_0.pkl 795286 f11a2a6bf0cfcca446932ae31fd0898a9474ab354703f792ec3a91f88ff30507
+puzzle15/test/data_0.pkl 159372 a9893b09be81b0a219dd3704af7a65c444c963a63623dac1a1de2b37372c2e28
+lightsout7/test/data_0.pkl 48682 726e11f69f710da6d34c8b59024fcf0da5bfa70d9eb993e20d316e9e615530f5
+"""),
+        urls=(
+            "https://raw.githubusercontent.com/forestagostinelli/DeepCubeA/919489f14ecbbc80dc1bf1539ac0a462ffaca7c5/data/",
+        ),
     ),
 }
