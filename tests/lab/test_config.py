@@ -88,7 +88,7 @@ def test_override_parses_as_the_type_that_stands_there(toy, key, text, value):
         (
             "optimizer",
             "adam",
-            "'optimizer' is a group; set one of optimizer.momentum, optimizer.name",
+            "'optimizer' is a group; set one of optimizer.name, optimizer.momentum",
         ),
     ],
 )

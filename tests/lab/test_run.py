@@ -315,9 +315,9 @@ class TestMistakes:
 
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
     def test_what_the_system_says_becomes_one_line(self, tmp_path, code):
-        with pytest.raises(UserError, match=r"cannot write .*x: .*; the same command then resumes"):
-            with records.guard(tmp_path / "x"):
-                raise OSError(code, os.strerror(code), str(tmp_path / "x"))
+        words = r"cannot write .*x: .*; the same command then resumes"
+        with pytest.raises(UserError, match=words), records.guard(tmp_path / "x"):
+            raise OSError(code, os.strerror(code), str(tmp_path / "x"))
 
     def test_a_damaged_manifest(self, toy, capsys):
         assert main(["--config", "toy.py:smoke", "--workdir", "w", "--arms", "big"]) == 0
@@ -330,7 +330,7 @@ class TestMistakes:
         text = (
             Path("toy.py")
             .read_text()
-            .replace("dict(small=dict(lr=0.01), ", 'dict(**{"../up": dict(lr=0.01)}, ')
+            .replace("dict(small=dict(lr=0.01), ", 'dict(**{"up/there": dict(lr=0.01)}, ')
         )
         Path("toy.py").write_text(text)
         assert main(["--config", "toy.py", "--workdir", "w"]) == 2
