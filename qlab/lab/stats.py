@@ -197,6 +197,15 @@ def format_number(x: float | None) -> str:
     return f"{x:.4g}"
 
 
+def _fixed(x: float, digits: int) -> str:
+    """Without the sign of a number that rounds to zero.
+
+    >>> _fixed(-0.004, 2), _fixed(-0.006, 2)
+    ('0.00', '-0.01')
+    """
+    return f"{round(x, digits) + 0.0:.{digits}f}"
+
+
 def format_interval(ci: Interval, pm: str = "±") -> str:
     """Mean ± half-width, cut at two digits of the half-width.
 
@@ -212,7 +221,7 @@ def format_interval(ci: Interval, pm: str = "±") -> str:
     if not 1e-3 <= scale < 1e6:
         return f"{ci.mean:.3g} {pm} {half:.2g}"
     digits = min(max(1 - math.floor(math.log10(half)), 0), 6)
-    return f"{ci.mean:.{digits}f} {pm} {half:.{digits}f}"
+    return f"{_fixed(ci.mean, digits)} {pm} {half:.{digits}f}"
 
 
 def format_span(estimate: float | None, low: float | None, high: float | None) -> str:
@@ -228,5 +237,5 @@ def format_span(estimate: float | None, low: float | None, high: float | None) -
         shown = [format_number(x) for x in (estimate, low, high)]
     else:
         digits = min(max(1 - math.floor(math.log10(half)), 0), 6)
-        shown = [f"{x:.{digits}f}" for x in (estimate, low, high)]
+        shown = [_fixed(x, digits) for x in (estimate, low, high)]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
