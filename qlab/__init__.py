@@ -10,7 +10,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = ("bench", "data", "lab", "nn", "ops", "quantization", "quantum", "report", "rl", "run", "search", "sweep")
+_LAZY = (
+    "bench",
+    "data",
+    "lab",
+    "nn",
+    "quantization",
+    "quantum",
+    "report",
+    "rl",
+    "run",
+    "search",
+    "sweep",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -47,11 +47,7 @@ def guard(path: Path | str) -> Iterator[None]:
             ) from e
         raise
     except Exception as e:  # tensorstore reports a full disk as its own error type
-        if (
-            "No space left" in str(e)
-            or "RESOURCE_EXHAUSTED: " in str(e)
-            and "write" in str(e).lower()
-        ):
+        if "No space left" in str(e) or "Disk quota exceeded" in str(e):
             raise UserError(
                 f"cannot write {path}: {_DISK[errno.ENOSPC]}; the same command then resumes"
             ) from e

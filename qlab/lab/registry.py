@@ -33,7 +33,8 @@ def experiment(name: str, config_path: Path | None = None) -> ModuleType:
         if not path.is_file():
             raise UserError(f"experiment file {path} does not exist (named by {config_path})")
         spec = importlib.util.spec_from_file_location(f"qlab_experiment_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = (
             module  # so that NamedTuples defined there can be pickled and typed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import html
 import importlib
 import json
 import re
@@ -57,6 +58,13 @@ class Result(NamedTuple):
     def __repr__(self) -> str:
         verdicts = ", ".join(f"{c.verdict}: {c.text}" for c in self.claims) or "no claims"
         return f"Result({len(self.rows)} numbers, {verdicts}; page {self.page})"
+
+    def _repr_html_(self) -> str:
+        """The page itself, where a notebook shows the result of a cell."""
+        if not self.page.is_file():
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        page = html.escape(self.page.read_text(), quote=True)
+        return f'<iframe srcdoc="{page}" style="width:100%;height:800px;border:0"></iframe>'
 
 
 def plan(
@@ -230,7 +238,7 @@ def _run_arms(
     columns = {
         "paper": p.loaded.paper,
         "variant": p.loaded.variant,
-        "split": getattr(module, "SPLIT", "test"),
+        "split": str(p.config.get("split", "test")),
         "device": device_name,
         "deterministic": deterministic,
         "config_hash": p.config_hash,
