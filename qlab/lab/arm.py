@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,7 +102,7 @@ def _start(exp: Experiment, config: ConfigDict, ctx: Context, folder: Path) -> _
     """The newest whole checkpoint, else freshly initialised states."""
     saves, num = folder / "checkpoints", config.seeds
     keys = [jax.random.fold_in(jax.random.key(config.seed), i) for i in range(num)]
-    place = loop.seed_sharding(num)
+    seeds, rest = loop.shardings(num, exp.seed_layout)
 
     with ctx.console.waiting(f"{ctx.label}: init"):
         if not checkpoint.steps(saves):
@@ -111,36 +110,40 @@ def _start(exp: Experiment, config: ConfigDict, ctx: Context, folder: Path) -> _
             for key in keys:
                 states.append(exp.init(key))
                 ctx.stop.check()
-            return _Position(
-                0, _begin(exp, 0, jax.device_put(loop.stack(states), place), num), 0, 0.0, {}
-            )
+            return _Position(0, _begin(exp, 0, loop.stack(states), num), 0, 0.0, {})
         one = loop.stack([exp.init(keys[0])])  # only its structure is used
 
     def like(extra: dict[str, Any]) -> loop.Carry:
         wide = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((num, *x.shape[1:]), x.dtype, sharding=place), one
+            lambda x: jax.ShapeDtypeStruct((num, *x.shape[1:]), x.dtype, sharding=seeds), one
         )
-        carry = jax.eval_shape(lambda s: _begin(exp, extra["phase"], s, num), wide)
-        return carry._replace(states=wide)
+        shapes = jax.eval_shape(lambda s: _fresh(exp, extra["phase"], s, num), wide)
+        put = loop.Carry(*jax.tree.map(lambda _: seeds, shapes[:4]), done=rest)
+        return jax.tree.map(
+            lambda x, d: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=d), shapes, put
+        )
 
     found = checkpoint.restore(saves, like, ctx.config_hash, ctx.console.say)
     if found is None:
         ctx.console.say(f"{ctx.label}: no whole checkpoint is left, starting again from step 0")
-        shutil.rmtree(folder / "arrays.npz", ignore_errors=True)
-        states = [exp.init(key) for key in keys]
-        return _Position(
-            0, _begin(exp, 0, jax.device_put(loop.stack(states), place), num), 0, 0.0, {}
-        )
+        states = loop.stack([exp.init(key) for key in keys])
+        return _Position(0, _begin(exp, 0, states, num), 0, 0.0, {})
     ctx.console.say(f"{ctx.label}: resumed at step {found.step}/{exp.num_steps}")
-    carry = jax.tree.map(jnp.asarray, found.state)
     extra = found.extra
     diverged = {int(k): v for k, v in extra["diverged"].items()}
-    return _Position(extra["phase"], carry, extra["metrics_bytes"], extra["wall_s"], diverged)
+    return _Position(extra["phase"], found.state, extra["metrics_bytes"], extra["wall_s"], diverged)
 
 
 def _begin(
     exp: Experiment, phase: int, states: Any, num: int, dead: tuple[int, ...] = ()
 ) -> loop.Carry:
+    return loop.place(_fresh(exp, phase, states, num, dead), num, exp.seed_layout)
+
+
+def _fresh(
+    exp: Experiment, phase: int, states: Any, num: int, dead: tuple[int, ...] = ()
+) -> loop.Carry:
+    """The carry at the start of a phase; after the last one (or without any) there is no metric."""
     bad = np.array([-2 if i in dead else -1 for i in range(num)], np.int32)
     if phase < len(exp.phases):
         return loop.begin(states, exp.phases[phase], num, bad)

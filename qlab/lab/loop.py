@@ -52,13 +52,25 @@ def unstack(states: Any, num: int) -> list[Any]:
     return [jax.tree.map(lambda x, i=i: x[i], states) for i in range(num)]
 
 
-def seed_sharding(num_seeds: int) -> jax.sharding.Sharding:
-    """The seed axis over all devices where it divides evenly, else everything on the first one."""
+def shardings(num_seeds: int, layout: str) -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:
+    """(of arrays with a seed axis, of the rest): seeds that run side by side are spread over all
+    devices where their number divides evenly, else everything is on the first device."""
     devices = jax.devices()
-    if len(devices) > 1 and num_seeds % len(devices) == 0:
+    if layout == "vmap" and len(devices) > 1 and num_seeds % len(devices) == 0:
         mesh = jax.sharding.Mesh(np.array(devices), ("seed",))
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("seed"))
-    return jax.sharding.SingleDeviceSharding(devices[0])
+        spec = jax.sharding.PartitionSpec
+        return jax.sharding.NamedSharding(mesh, spec("seed")), jax.sharding.NamedSharding(
+            mesh, spec()
+        )
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+    return one, one
+
+
+def place(carry: Carry, num_seeds: int, layout: str) -> Carry:
+    """The carry on its devices, as every compiled chunk takes and returns it."""
+    seeds, rest = shardings(num_seeds, layout)
+    parts = jax.device_put(tuple(carry[:4]), seeds)
+    return Carry(*parts, jax.device_put(carry.done, rest))
 
 
 def over_seeds(f: Callable[..., Any], layout: str) -> Callable[..., Any]:
@@ -167,20 +179,25 @@ class Runner(NamedTuple):
     advance: Callable[[Carry, int], Carry]
 
 
+def _jit(chunk: Callable[..., Carry], carry: Carry) -> Any:
+    """Jitted so that what comes out lies where what went in lay, and can go in again."""
+    return jax.jit(chunk, donate_argnums=0, out_shardings=jax.tree.map(lambda x: x.sharding, carry))
+
+
 def compile_phase(phase: Phase, carry: Carry, num_seeds: int, layout: str) -> Runner:
     """Compiles a phase for these shapes, ahead of time, so that the wait can be shown as such."""
     if phase.loop == "host":
         return Runner(lambda c, n: _host(phase, c, n, num_seeds))
     if phase.loop == "scan":
-        program = jax.jit(chunk_scan(phase, layout), donate_argnums=0)
+        program = _jit(chunk_scan(phase, layout), carry)
         compiled = program.lower(carry, jnp.int32(1)).compile()
         return Runner(lambda c, n: compiled(c, jnp.int32(n)))
     if layout == "vmap" or num_seeds == 1:
         # One seed alone goes through vmap too: lax.map would put its convolutions into a loop.
-        compiled = jax.jit(chunk_step(phase, "vmap"), donate_argnums=0).lower(carry).compile()
+        compiled = _jit(chunk_step(phase, "vmap"), carry).lower(carry).compile()
         return Runner(lambda c, n: _repeat(compiled, c, n))
     part = _pick(carry, 0)
-    compiled = jax.jit(chunk_step(phase, "vmap"), donate_argnums=0).lower(part).compile()
+    compiled = _jit(chunk_step(phase, "vmap"), part).lower(part).compile()
     return Runner(lambda c, n: _one_by_one(compiled, c, n, num_seeds))
 
 
@@ -259,9 +276,13 @@ def run_phase(
             window = Window(done, means)
             # A host phase has no sums between steps, so that its saved tree is always the same.
             names = () if phase.loop == "host" else tuple(carry.sums)
-            zero = {k: jnp.zeros_like(carry.sums[k]) for k in names}
-            carry = carry._replace(sums=zero, counts=jax.tree.map(jnp.copy, zero))
+            sums, counts = ({k: _zeros(carry.sums[k]) for k in names} for _ in range(2))
+            carry = carry._replace(sums=sums, counts=counts)
         yield carry, window
+
+
+def _zeros(x: jax.Array) -> jax.Array:
+    return jnp.zeros(x.shape, x.dtype, device=x.sharding)
 
 
 def compile_evaluate(

@@ -175,6 +175,24 @@ class TestStops:
         assert checkpoint.steps(Path("w/big/checkpoints"))
 
 
+def test_seeds_over_two_devices_and_a_checkpoint_from_there_opens_on_one(toy):
+    over = {"host_steps": 30, "pause_s": 0.05}
+    args = [f"--config.{k}={v}" for k, v in over.items()]
+    two = {**env(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    base = [sys.executable, "-m", "qlab.run", "--config", "toy.py", "--arms", "big", *args]
+    done = subprocess.run(
+        [*base, "--workdir", "w", "--time-limit", "4"], env=two, capture_output=True, text=True
+    )
+    assert done.returncode == 75, done.stderr
+    assert "cpu x 2" in json.loads(Path("w/manifest.json").read_text())["device"]
+    qlab.run("toy.py", workdir="w", arms=["big"], overrides=over, quiet=True)
+    qlab.run("toy.py", workdir="v", arms=["big"], overrides=over, quiet=True)
+    (values, *_), (expected, *_) = numbers("w"), numbers("v")
+    assert values.keys() == expected.keys()
+    for k in values:
+        np.testing.assert_allclose(values[k], expected[k], rtol=1e-5)
+
+
 class TestDivergence:
     def test_one_seed_is_frozen_the_rest_go_on(self, toy, capsys):
         assert main(["--config", "toy.py", "--workdir", "w", "--config.bad_seed=2"]) == 0
