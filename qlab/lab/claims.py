@@ -27,6 +27,7 @@ METHOD = (
     "margin, FAILS if it lies wholly on the other side, and is INCONCLUSIVE if it straddles the margin, "
     "if fewer than three seeds pair up, or if the comparison is not a fair one."
 )
+NOT_MEASURED = "not measured in this variant"
 MIN_PAIRS = 3
 ULPS = 8  # rounding allowed at the margin
 
@@ -293,6 +294,11 @@ def _varies(x: np.ndarray) -> bool:
 
 def _finite(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
+
+
+def unmeasured(record: Mapping[str, Any]) -> bool:
+    """Whether a verdict record says no more than that the variant leaves the claim out."""
+    return not record.get("n") and str(record.get("reason", "")).endswith(NOT_MEASURED)
 
 
 def counts(verdicts: Iterable[Verdict | Mapping[str, Any]]) -> dict[str, int]:

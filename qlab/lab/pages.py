@@ -15,9 +15,10 @@ from typing import Any
 from urllib.parse import quote
 
 from qlab.lab import ablation, claims, figures, grids, plots, stats, svg
+from qlab.lab.errors import UserError
 from qlab.lab.experiment import Figure
 from qlab.lab.reading import Run, Sweep, load
-from qlab.lab.records import guard, write_atomic
+from qlab.lab.records import write_atomic
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 MAX_CURVES = 6
@@ -53,8 +54,10 @@ def write_index(
     """
     loaded = [r if isinstance(r, Run) else load(r) for r in runs]
     path = Path(out)
-    with guard(path):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; give another page") from None
     write_atomic(path, render_index(loaded, path, sweeps, title, command, problems))
     return path
 
@@ -123,7 +126,7 @@ def render_index(
         title=title or _index_title(len(papers), len(everything), sweeps),
         command=command or "python -m qlab.report",
         counts=claims.counts(v for r in heads.values() for v in r.verdicts),
-        problems=[*problems, *(f"{r.name}: {p}" for r in everything for p in r.problems)],
+        problems=[*problems, *(f"{r.path}: {p}" for r in everything for p in r.problems)],
         papers=[
             {
                 "title": r.manifest.get("title") or paper,
@@ -213,6 +216,7 @@ def _claim(v: Mapping[str, Any]) -> dict[str, Any]:
     out["op_sign"] = sign
     reason = str(out.get("reason", "")).replace(">=", "≥").replace("<=", "≤")
     out["reason_text"] = "The " + reason[4:] if reason.startswith("the ") else reason
+    out["unmeasured"] = claims.unmeasured(out)
     out["span"] = stats.format_span(out["estimate"], out["low"], out["high"])
     out["strip"] = _strip(out)
     return out
@@ -248,7 +252,9 @@ def _strip(v: Mapping[str, Any]) -> dict[str, Any] | None:
 def _unfinished(manifest: Mapping[str, Any]) -> list[str]:
     status = str(manifest.get("status", "unknown"))
     lines = [] if status == "done" else [f"status: {status}"]
-    lines += [f"{arm}: {s}" for arm, s in (manifest.get("arm_status") or {}).items() if s != "done"]
+    known = manifest.get("arm_status") or {}
+    states = {arm: known.get(arm, "not run") for arm in manifest.get("arms") or ()} | known
+    lines += [f"{arm}: {s}" for arm, s in states.items() if s != "done"]
     return lines
 
 

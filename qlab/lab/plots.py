@@ -63,7 +63,7 @@ def lines_plot(
 ) -> Plot:
     """A line an arm with its band; names beside the lines while they fit, else in the legend."""
     direct = 1 < len(lines) <= MAX_LABELS and max(map(len, lines)) <= 18
-    right = 7 + 6.2 * max(map(len, lines)) if direct else 10
+    right = 9 + 7.0 * max(map(len, lines)) if direct else 10
     bands = len(lines) <= MAX_BANDS
 
     def draw(ax: Any) -> None:
@@ -99,13 +99,7 @@ def lines_plot(
                         linewidth=0,
                     )
             ends.append((arm, line))
-        _scales(
-            ax,
-            logx,
-            logy,
-            [line.mean for line in lines.values()],
-            [line.x for line in lines.values()],
-        )
+        _scales(ax, logx, logy, list(lines.values()), framed=not markers)
         if xticks:
             ax.set_xticks(range(len(xticks)), xticks)
             ax.set_xlim(-0.3, len(xticks) - 0.7)
@@ -204,7 +198,7 @@ def bars_plot(
         if not logy:
             svg.ticks(ax.yaxis)
 
-    note = "Points, not bars: the axis does not start at zero." if points else ""
+    note = "Points, not bars: the axis does not start at zero." if points and not logy else ""
     alt = _alt(
         title,
         {a: float(np.mean([ci[a, g].mean for g in keys if (a, g) in ci])) for a in shown},
@@ -329,21 +323,36 @@ def _alt(title: str, values: Mapping[str, float], what: str) -> str:
     return f"{title}: {what} {', '.join(some)}{' ...' if len(values) > 8 else ''}."
 
 
-def _scales(
-    ax: Any, logx: bool, logy: bool, means: Sequence[np.ndarray], xs: Sequence[np.ndarray]
-) -> None:
-    """Log axes where asked and possible, else a sensible number of ticks."""
-    positive = [m[np.isfinite(m)] for m in means]
-    if logx and all((x > 0).all() for x in xs):
+def _scales(ax: Any, logx: bool, logy: bool, lines: Sequence[Line], *, framed: bool) -> None:
+    """Log axes where asked and possible, the frame, and a sensible number of ticks."""
+    if logx and all((n.x > 0).all() for n in lines):
         ax.set_xscale("log")
         svg.log_ticks(ax.xaxis)
     else:
-        svg.ticks(ax.xaxis, whole=all((x == np.round(x)).all() for x in xs))
-    if logy and all((m > 0).any() for m in positive):
+        svg.ticks(ax.xaxis, whole=all((n.x == np.round(n.x)).all() for n in lines))
+    log = logy and all((n.mean[np.isfinite(n.mean)] > 0).any() for n in lines)
+    if log:
         ax.set_yscale("log", nonpositive="mask")
-        svg.log_ticks(ax.yaxis)
-    else:
-        svg.ticks(ax.yaxis)
+    if framed:
+        _frame(ax, lines, log)
+    (svg.log_ticks if log else svg.ticks)(ax.yaxis)
+
+
+def _frame(ax: Any, lines: Sequence[Line], log: bool) -> None:
+    """Keeps wide bands (few seeds) from flattening the lines: they may leave the frame."""
+
+    def finite(values: Sequence[np.ndarray]) -> np.ndarray:
+        x = np.concatenate(values)
+        x = x[np.isfinite(x) & ((x > 0) if log else True)]
+        return np.log10(x) if log else x
+
+    mean, bands = finite([n.mean for n in lines]), finite([y for n in lines for y in n[1:]])
+    if not mean.size or mean.max() == mean.min():
+        return
+    room = mean.max() - mean.min()
+    low = max(bands.min(), mean.min() - 0.5 * room) - 0.05 * room
+    high = min(bands.max(), mean.max() + 0.5 * room) + 0.05 * room
+    ax.set_ylim(*((10**low, 10**high) if log else (low, high)))
 
 
 def _label_ends(

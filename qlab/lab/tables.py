@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from qlab.lab import stats
-from qlab.lab.claims import Verdict, counts
+from qlab.lab.claims import NOT_MEASURED, Verdict, counts, unmeasured
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,11 +70,16 @@ def print_claims(
     table = Table(box=_box(), pad_edge=False)
     table.add_column("verdict", no_wrap=True)
     table.add_column("claim, measured [95 % interval], why", ratio=1)
-    for r in records:
+    shown = [r for r in records if not unmeasured(r)]
+    for r in shown:
         claim = Text(f"{r['text']} ({r['source']})" if r.get("source") else str(r["text"]))
         claim.append("\n" + f"{measured(r)}: {r.get('reason', '')}", "dim")
         table.add_row(Text(r["verdict"], STYLES.get(r["verdict"], "")), claim)
-    out.print(table)
+    if shown:
+        out.print(table)
+    if left_out := len(records) - len(shown):
+        plural = "s" * (left_out > 1)
+        out.print(f"{left_out} claim{plural} {NOT_MEASURED}: see report.html", markup=False)
     tally = ", ".join(f"{n} {name}" for name, n in counts(records).items() if n)
     out.print(f"{len(records)} claims: {tally}", markup=False, highlight=False)
 
