@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,7 +189,8 @@ def _run_phases(
             break
         if int(carry.done) < phase.num_steps:
             name = f"compiling {config.experiment}/{config.arm}/{phase.name}"
-            with ctx.console.waiting(name, cache_folder("times") / "compile.json"):
+            wait = ctx.console.waiting(name, cache_folder("times") / "compile.json")
+            with wait if phase.loop != "host" else contextlib.nullcontext():
                 runner = loop.compile_phase(phase, carry, config.seeds, exp.seed_layout)
             ctx.stop.check()
             with ctx.console.progress(f"{ctx.label} {phase.name}", total, before + int(carry.done)):

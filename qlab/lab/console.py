@@ -14,7 +14,7 @@ LINE_EVERY_S = 10.0
 
 
 class Console:
-    """Prints to stderr-free stdout; `quiet` prints nothing (used from Python and in tests)."""
+    """Prints to standard output; `quiet` prints nothing."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
@@ -37,7 +37,6 @@ class Console:
         """A wait of unknown length: says what for, and how long it took the last time."""
         known = _recall(memory)
         last = f" (last time {known[what]:.1f} s)" if what in known else ""
-        self.say(f"{what}{last} ...")
         start = time.monotonic()
         if self.tty:
             from rich.console import Console as Rich
@@ -45,6 +44,7 @@ class Console:
             with Rich().status(f"{what}{last}"):
                 yield
         else:
+            self.say(f"{what}{last} ...")
             yield
         took = time.monotonic() - start
         if took > 1.0:
