@@ -306,8 +306,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         if args.list:
             options = _options(args.device, args.deterministic)
-            for t in trials.plan(args.config, **about, options=options).trials:
-                print(f"{'done' if launch.is_done(t.spec) else 'to do'}  {launch.command(t.spec)}")
+            specs = [t.spec for t in trials.plan(args.config, **about, options=options).trials]
+            states = ["done " if launch.is_done(spec) else "to do" for spec in specs]
+            print(
+                "\n".join(f"{a}  {launch.command(b)}" for a, b in zip(states, specs, strict=True))
+            )
             return 0
         result = sweep(
             args.config,

@@ -16,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ from qlab.lab.errors import AllSeedsDiverged, Preempted, UserError, nearest
 from qlab.lab.signals import Stop
 
 MAX_RESUMES = 20  # of one trial that others keep stopping; then it counts as failed
-POLL_S = 0.05
+POLL_S = 0.05  # how soon the end of a process is noticed
+WAIT_S = 0.1  # how soon a signal is
 LATER = ("ray", "slurm")  # launchers that are planned
 HOPELESS = (UserError.code, AllSeedsDiverged.code)  # the same input ends the same way
 
@@ -176,7 +178,7 @@ def run_all(
                 asked = True
             if stop.why and not running:
                 return
-            for handle, outcome in launcher.wait(1.0).items():
+            for handle, outcome in launcher.wait(WAIT_S).items():
                 event = ended(running.pop(handle), outcome)
                 if event.kind in ("retry", "resume"):
                     queue.append(event.id)
@@ -185,7 +187,7 @@ def run_all(
         if running:
             launcher.stop()
             while running:
-                for handle in launcher.wait(1.0):
+                for handle in launcher.wait(WAIT_S):
                     running.pop(handle)
 
 
@@ -216,7 +218,7 @@ def local(jobs: int = 1) -> Launcher:
     environment = _environment(jobs)
 
     def submit(spec: RunSpec, log: Path) -> int:
-        argv = [sys.executable, "-m", "qlab.lab.launch", str(os.getpid()), *words(spec)]
+        argv = [sys.executable, "-m", "qlab.lab.launch", *words(spec)]
         slot = free.pop(0)
         with records.guard(log), log.open("ab") as out:
             out.write(f"$ {command(spec)}\n".encode())
@@ -225,7 +227,7 @@ def local(jobs: int = 1) -> Launcher:
             with _pinned(shares[slot]):
                 popen = subprocess.Popen(
                     argv,
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,  # never written to: it ends when this process does
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     env=environment,
@@ -245,6 +247,8 @@ def local(jobs: int = 1) -> Launcher:
         for pid, p in ended.items():
             del running[pid]
             free.append(p.slot)
+            assert p.popen.stdin is not None
+            p.popen.stdin.close()
             code, wall_s = p.popen.returncode, time.monotonic() - p.start
             out[pid] = Outcome(code, _reason(code, p.log, p.log_start), round(wall_s, 3))
         return out
@@ -334,21 +338,16 @@ def last_error(output: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def _die_with(parent: int) -> None:
-    """Asks the kernel to send SIGTERM when the sweep is gone, however it went (Linux only).
+def _end_with_the_sweep() -> None:
+    """Waits until the sweep, which holds the other end of our standard input, is gone; then SIGTERM.
 
-    So a killed sweep's trials save and stop, and a second Ctrl-C on the sweep is their second signal.
+    So a killed sweep's trials save and stop, and a second Ctrl-C on it is their second signal.
     """
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
-    if os.getppid() != parent:  # it died before the call
-        sys.exit(Preempted.code)
+    while os.read(0, 64):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":  # the process of a trial
-    _die_with(int(sys.argv.pop(1)))
+    threading.Thread(target=_end_with_the_sweep, daemon=True, name="qlab-sweep-is-gone").start()
     runpy.run_module("qlab.run", run_name="__main__", alter_sys=True)
