@@ -21,7 +21,10 @@ MAX_BANDS, MAX_LABELS, MAX_PANELS = 8, 6, 12
 
 
 class Plot(NamedTuple):
-    """One drawing: its title, SVG, and the legend as (arm, colour index, dash index)."""
+    """One drawing: its title, SVG, and the legend as (arm, colour index, dash index).
+
+    `labelled` says that the names stand beside the lines: the legend is for narrow screens then.
+    """
 
     title: str
     svg: str
@@ -29,6 +32,7 @@ class Plot(NamedTuple):
     alt: str = ""
     note: str = ""
     wide: bool = False
+    labelled: bool = False
 
 
 class Line(NamedTuple):
@@ -109,13 +113,9 @@ def lines_plot(
             _label_ends(ax, ends, style)
 
     note = "" if bands else "Bands are left out with this many lines."
-    alt = _alt(
-        title,
-        {arm: (line.mean[-1] if line.mean.size else math.nan) for arm, line in lines.items()},
-        "ends at",
-    )
-    legend = () if direct else _legend(lines, style)
-    return Plot(title, _draw(draw, title, WIDTH, HEIGHT, right), legend, alt, note)
+    ends = {arm: line.mean[-1] if line.mean.size else math.nan for arm, line in lines.items()}
+    drawing, alt = _draw(draw, title, WIDTH, HEIGHT, right), _alt(title, ends, "ends at")
+    return Plot(title, drawing, _legend(lines, style), alt, note, labelled=direct)
 
 
 def bars_plot(
