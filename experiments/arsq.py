@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from qlab.lab.errors import UserError
@@ -90,7 +91,7 @@ def make_group(c: ConfigDict, names: tuple[str, ...]) -> OfflineGroup:
     return OfflineGroup(
         names=names,
         agent=agent,
-        context=jax.tree.map(lambda *x: jnp.stack(x), *context),
+        context=jax.tree.map(lambda *x: np.stack(x), *context),
         dataset=lambda x, key: coupled.draw_log(
             task, x.logged, key, c.num_logged, c.discount, c.bc_filter
         ),

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 
 class Transition(NamedTuple):
@@ -66,7 +65,7 @@ def td_target(reward: jax.Array, discount: jax.Array, v_next: jax.Array) -> jax.
 
     `discount` is gamma (1 - terminated). With a soft value v_next no entropy bonus is added again.
 
-    >>> float(td_target(jnp.float32(1.0), jnp.float32(0.5), jnp.float32(4.0)))
+    >>> float(td_target(1.0, 0.5, 4.0))
     3.0
     """
     return jax.lax.stop_gradient(reward + discount * v_next)
@@ -75,7 +74,7 @@ def td_target(reward: jax.Array, discount: jax.Array, v_next: jax.Array) -> jax.
 def ema(target: Any, online: Any, tau: float) -> Any:
     """target + tau (online - target), leaf by leaf.
 
-    >>> float(ema(jnp.float32(0.0), jnp.float32(1.0), 0.25))
-    0.25
+    >>> ema({'w': 0.0}, {'w': 1.0}, 0.25)
+    {'w': 0.25}
     """
     return jax.tree.map(lambda t, o: t + tau * (o - t), target, online)

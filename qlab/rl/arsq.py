@@ -244,8 +244,7 @@ def arsq_loss(
     The gradient of the first term reaches both heads; no second loss ties V to Q, the
     normalisation does. Rows with demo = 0 are not imitated; demo = None imitates all rows.
     """
-    d, l, b = net.grid
-    bins = encode_c2f(batch.action, l, b)
+    bins = encode_c2f(batch.action, net.grid.num_levels, net.grid.num_bins)
     advantage = sum_advantage(net, params, batch.obs, bins, alpha)
     q = soft_value(params, batch.obs) + advantage
     v_next = soft_value(target, batch.next_obs)
@@ -269,7 +268,7 @@ def arsq(
     action_mode: str = "sample",
     beam_width: int = 8,
     hidden: Sequence[int] = (512, 512),
-    learning_rate: float = 5e-5,
+    learning_rate: optax.ScalarOrSchedule = 5e-5,
     weight_decay: float = 0.1,
     tau: float = 0.02,
     lambda_td: float = 1.0,

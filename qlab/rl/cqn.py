@@ -174,7 +174,7 @@ def cqn(
     v_min: float = -2.0,
     v_max: float = 2.0,
     hidden: Sequence[int] = (512, 512),
-    learning_rate: float = 5e-5,
+    learning_rate: optax.ScalarOrSchedule = 5e-5,
     weight_decay: float = 0.1,
     tau: float = 0.02,
     noise: float = 0.01,

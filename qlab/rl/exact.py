@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qlab.rl.agent import Agent, Transition
 from qlab.rl.c2f import ActionGrid, all_bins, decode_c2f, encode_c2f
@@ -35,8 +36,8 @@ class ExactTask(NamedTuple):
     """
 
     logged: Logged
-    low: jax.Array
-    best: jax.Array
+    low: Any
+    best: Any
     optimum: Solution
     soft: Solution
 
@@ -55,11 +56,11 @@ def exact_task(
         raise ValueError(f"mix={mix}: expected a share for expert, medium and bad that sum to 1")
     mdp = task.mdp
     optimum = solve(mdp, discount)
-    uniform = jnp.full(optimum.q.shape, 1 / optimum.q.shape[1])
+    uniform = np.full(optimum.q.shape, 1 / optimum.q.shape[1])
     return ExactTask(
-        logged=Logged(mdp, behaviour(task, noise), jnp.asarray(mix, jnp.float32)),
-        low=mdp.start @ policy_value(mdp, uniform, discount),
-        best=mdp.start @ optimum.v,
+        logged=Logged(mdp, behaviour(task, noise), np.asarray(mix, np.float32)),
+        low=np.float32(mdp.start @ policy_value(mdp, uniform, discount)),
+        best=np.float32(mdp.start @ optimum.v),
         optimum=optimum,
         soft=solve(refine(mdp, task.num_bins, grid), discount, alpha),
     )

@@ -40,7 +40,7 @@ def joint_q(
     alpha: float = 0.01,
     epsilon: float = 0.05,
     hidden: Sequence[int] = (512, 512),
-    learning_rate: float = 5e-5,
+    learning_rate: optax.ScalarOrSchedule = 5e-5,
     weight_decay: float = 0.1,
     tau: float = 0.02,
 ) -> Agent:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qlab.lab.experiment import Experiment, Phase
 from qlab.rl.agent import Agent, Transition
@@ -71,32 +72,42 @@ def offline_rl(
             f"num_updates={num_updates} is not a multiple of updates_per_step={updates_per_step}"
         )
 
-    def task_keys(key: jax.Array, group: OfflineGroup) -> jax.Array:
+    def task_keys(key: jax.Array, group: OfflineGroup) -> jax.Array:  # key[G]
         ids = jnp.asarray([zlib.crc32(n.encode()) & 0x7FFFFFFF for n in group.names], jnp.int32)
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
 
-    def start(key: jax.Array, group: OfflineGroup) -> GroupState:
-        keys = jax.vmap(lambda k: jax.random.split(k))(task_keys(key, group))
-        data = jax.vmap(group.dataset)(group.context, keys[:, 0])
-        agent = jax.vmap(group.agent.init)(keys[:, 1])
-        one = jax.tree.map(lambda x: x[0], (group.context, agent))
-        names = jax.eval_shape(lambda c, a: group.score(c, a, key), *one)
-        sums = {n: jnp.zeros(len(group.names)) for n in names}
-        return GroupState(agent, data, group.context, sums)
+    # Drawn and initialised by two programs: the first is the same for every arm.
+    def draw_all(key: jax.Array, contexts: Sequence[Any]) -> list[Transition]:
+        keys = [task_keys(jax.random.fold_in(key, 2), g) for g in groups]
+        return [jax.vmap(g.dataset)(c, k) for g, c, k in zip(groups, contexts, keys, strict=True)]
 
-    @jax.jit
+    def init_all(key: jax.Array) -> list[Any]:
+        return [jax.vmap(g.agent.init)(task_keys(jax.random.fold_in(key, 3), g)) for g in groups]
+
+    draw_all, init_all = jax.jit(draw_all), jax.jit(init_all)
+
     def init(key: jax.Array) -> OfflineState:
-        return OfflineState(key, jnp.int32(0), tuple(start(key, g) for g in groups))
+        contexts = [jax.tree.map(jnp.asarray, g.context) for g in groups]
+        states = []
+        for g, context, data, agent in zip(
+            groups, contexts, draw_all(key, contexts), init_all(key), strict=True
+        ):
+            one = jax.tree.map(lambda x: x[0], (g.context, agent))
+            names = jax.eval_shape(lambda c, a, g=g: g.score(c, a, key), *one)
+            sums = {n: np.zeros(len(g.names), np.float32) for n in names}
+            states.append(GroupState(agent, data, context, sums))
+        return OfflineState(key, jnp.int32(0), tuple(states))
 
-    def train(group: OfflineGroup, state: GroupState, keys: jax.Array, step: jax.Array):
+    def train(group: OfflineGroup, state: GroupState, key: jax.Array, step: jax.Array):
         """updates_per_step updates of one task."""
         num_rows = state.data.reward.shape[0]
 
         def one(agent, i):
             k_rows, k_update = jax.random.split(
-                jax.random.fold_in(keys, step * updates_per_step + i)
+                jax.random.fold_in(key, step * updates_per_step + i)
             )
-            rows = jax.random.randint(k_rows, (batch_size,), 0, num_rows)
+            # Not randint: it draws twice and compiles twice as long; the bias is below 2^-24 a row.
+            rows = (jax.random.uniform(k_rows, (batch_size,)) * num_rows).astype(jnp.int32)
             batch = jax.tree.map(lambda x: x[rows], state.data)
             agent, metrics = group.agent.update(agent, k_update, batch)
             return agent, metrics["loss"]
@@ -120,7 +131,7 @@ def offline_rl(
     def evaluate(state: OfflineState):
         out: dict[str, jax.Array] = {}
         for group, s in zip(groups, state.groups, strict=True):
-            keys = task_keys(jax.random.fold_in(state.key, 2), group)
+            keys = task_keys(jax.random.fold_in(state.key, 4), group)
             result = jax.vmap(group.score)(s.context, s.agent, keys)
             result |= jax.vmap(group.inspect)(s.context, s.agent, s.data, keys)
             steps = jnp.maximum(state.step, 1)

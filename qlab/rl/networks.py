@@ -6,6 +6,7 @@ The zero head makes every policy uniform and every value zero before the first u
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -15,14 +16,19 @@ LN_EPS = 1e-5
 
 
 def mlp_init(key: jax.Array, num_in: int, hidden: Sequence[int], num_out: int) -> Any:
-    """Parameters of an MLP: LeCun-normal hidden layers, zero head. hidden = () is a linear map."""
-    layers = []
-    for width in hidden:
-        key, k = jax.random.split(key)
-        w = jax.random.normal(k, (num_in, width)) / jnp.sqrt(num_in)
-        layers.append({"w": w, "scale": jnp.ones(width), "shift": jnp.zeros(width)})
-        num_in = width
-    return {"layers": layers, "w": jnp.zeros((num_in, num_out)), "b": jnp.zeros(num_out)}
+    """Parameters of an MLP: LeCun-uniform hidden layers, zero head. hidden = () is a linear map.
+
+    All weights come from one draw: a draw a layer would take longer to compile than to train with.
+    """
+    widths = (num_in, *hidden)
+    sizes = [a * b for a, b in pairwise(widths)]
+    draw = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
+    layers, start = [], 0
+    for (a, b), size in zip(pairwise(widths), sizes, strict=True):
+        w = draw[start : start + size].reshape(a, b) * (3 / a) ** 0.5  # variance 1 / a
+        layers.append({"w": w, "scale": jnp.ones(b), "shift": jnp.zeros(b)})
+        start += size
+    return {"layers": layers, "w": jnp.zeros((widths[-1], num_out)), "b": jnp.zeros(num_out)}
 
 
 def mlp_apply(params: Any, x: jax.Array) -> jax.Array:

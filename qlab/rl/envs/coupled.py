@@ -19,7 +19,7 @@ Data: `mix` shares of an expert, a medium and a bad controller, each with a shar
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ import numpy as np
 
 from qlab.rl.agent import Transition
 from qlab.rl.c2f import ActionGrid, all_bins
-from qlab.rl.envs.tabular import TabularMDP, from_numpy, tabular_env
+from qlab.rl.envs.tabular import TabularMDP, choose, tabular_env, tabular_mdp
 from qlab.rl.rollout import collect, episode_returns
 
 NUM_STATES = 5
@@ -47,7 +47,7 @@ class Task(NamedTuple):
     num_dims: int
     num_bins: int
     horizon: int
-    controllers: jax.Array
+    controllers: np.ndarray
 
 
 def bandit(num_bins: int = 5) -> Task:
@@ -64,7 +64,7 @@ def bandit(num_bins: int = 5) -> Task:
     modes = np.zeros((3, 1, num_bins**2))
     for i, (a, b) in enumerate(((hi, hi), (lo, hi), (hi, lo))):
         modes[i, 0, a * num_bins + b] = 1.0
-    return Task(from_numpy(transition, reward, np.ones(1)), 2, num_bins, 1, jnp.asarray(modes))
+    return Task(tabular_mdp(transition, reward, np.ones(1)), 2, num_bins, 1, modes)
 
 
 def _walk(forward: np.ndarray, gain: np.ndarray, slip: float) -> TabularMDP:
@@ -81,7 +81,7 @@ def _walk(forward: np.ndarray, gain: np.ndarray, slip: float) -> TabularMDP:
             transition[x, a, x] += 1 - p
             reward[x, a] = gain[a]
     reward[s - 1, :, s] += 1.0
-    return from_numpy(transition, reward, np.full(s, 1 / s))
+    return tabular_mdp(transition, reward, np.full(s, 1 / s))
 
 
 def chain(slip: float = 0.0, num_dims: int = 2) -> Task:
@@ -95,7 +95,7 @@ def chain(slip: float = 0.0, num_dims: int = 2) -> Task:
     gain = -STALL_COST * opposite - DRIFT_COST * drift
     mdp = _walk((together | drift).astype(float), gain, slip)
     table = np.stack([together / 2, drift, opposite / 2]).astype(float)
-    controllers = jnp.broadcast_to(jnp.asarray(table)[:, None], (3, NUM_STATES, 9))
+    controllers = np.broadcast_to(table[:, None], (3, NUM_STATES, 9))
     return Task(mdp, num_dims, 9 if num_dims == 1 else 3, NUM_STATES, controllers)
 
 
@@ -106,22 +106,20 @@ def separable(slip: float = 0.0) -> Task:
     mdp = _walk((a == RIGHT).astype(float), gain, slip)
     modes = ((RIGHT, RIGHT), (RIGHT, LEFT), (LEFT, OFF))
     table = np.stack([(a == x) & (b == y) for x, y in modes]).astype(float)
-    controllers = jnp.broadcast_to(jnp.asarray(table)[:, None], (3, NUM_STATES, 9))
+    controllers = np.broadcast_to(table[:, None], (3, NUM_STATES, 9))
     return Task(mdp, 2, 3, NUM_STATES, controllers)
 
 
-def behaviour(task: Task, noise: float) -> jax.Array:
+def behaviour(task: Task, noise: float) -> np.ndarray:
     """The controllers with a share of uniform actions, f32[3, S, K]."""
-    return (1 - noise) * task.controllers + noise / task.controllers.shape[-1]
+    return np.float32((1 - noise) * task.controllers + noise / task.controllers.shape[-1])
 
 
-def draw_action(task: Task, key: jax.Array, probs: jax.Array) -> jax.Array:
-    """One action f32[D] from probs f32[K], uniform inside its bins (away from the bins' edges)."""
-    k_index, k_place = jax.random.split(key)
-    index = jax.random.categorical(k_index, jnp.log(probs))
+def place_action(task: Task, index: jax.Array, inside: jax.Array) -> jax.Array:
+    """Action f32[D] in the bins of joint action `index` i32[], at `inside` f32[D] in [0, 1) of each bin."""
     place = jnp.asarray([task.num_bins**i for i in range(task.num_dims - 1, -1, -1)])
-    inside = jax.random.uniform(k_place, (task.num_dims,), minval=0.01, maxval=0.99)
-    return 2 * (index // place % task.num_bins + inside) / task.num_bins - 1
+    # A margin keeps rounding from moving an action into the next bin.
+    return 2 * (index // place % task.num_bins + 0.01 + 0.98 * inside) / task.num_bins - 1
 
 
 class Logged(NamedTuple):
@@ -132,8 +130,8 @@ class Logged(NamedTuple):
     """
 
     mdp: TabularMDP
-    probs: jax.Array
-    mix: jax.Array
+    probs: Any
+    mix: Any
 
 
 def draw_log(
@@ -147,10 +145,10 @@ def draw_log(
     env = tabular_env(logged.mdp, task.num_dims, task.num_bins, task.horizon)
 
     def policy(controller, k, obs, first):
-        k_who, k_act = jax.random.split(k)
-        drawn = jax.random.categorical(k_who, jnp.log(logged.mix))
-        controller = jnp.where(first, drawn, controller)
-        return controller, draw_action(task, k_act, logged.probs[controller, obs.argmax()])
+        u = jax.random.uniform(k, (2 + task.num_dims,))
+        controller = jnp.where(first, choose(u[0], logged.mix), controller)
+        index = choose(u[1], jnp.asarray(logged.probs)[controller, obs.argmax()])
+        return controller, place_action(task, index, u[2:])
 
     data, ends = collect(env, policy, jnp.int32(0), key, num_steps, discount)
     total = episode_returns(data.reward, ends, discount)

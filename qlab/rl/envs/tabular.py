@@ -8,30 +8,47 @@ base B, dimension 0 most significant); column S of a transition is the end of th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlab.rl.c2f import ActionGrid, all_bins, decode_c2f, encode_c2f
+from qlab.rl.c2f import ActionGrid, all_bins, encode_c2f
 from qlab.rl.envs.env import Env, TimeStep
 
 
 class TabularMDP(NamedTuple):
     """transition: f32[S, K, S+1], rows sum to 1. reward: f32[S, K, S+1]. start: f32[S]."""
 
-    transition: jax.Array
-    reward: jax.Array
-    start: jax.Array
+    transition: Any
+    reward: Any
+    start: Any
 
 
 class Solution(NamedTuple):
     """v: f32[S]. q: f32[S, K]. policy: f32[S, K]."""
 
-    v: jax.Array
-    q: jax.Array
-    policy: jax.Array
+    v: Any
+    q: Any
+    policy: Any
+
+
+def tabular_mdp(transition: np.ndarray, reward: np.ndarray, start: np.ndarray) -> TabularMDP:
+    """A TabularMDP from NumPy arrays, checked: shapes agree and every row is a distribution."""
+    s = len(start)
+    if (
+        transition.ndim != 3
+        or transition.shape[::2] != (s, s + 1)
+        or reward.shape != transition.shape
+    ):
+        raise ValueError(
+            f"transition {transition.shape}, reward {reward.shape}, start {start.shape}: expected "
+            "(S, K, S+1), the same, and (S,)"
+        )
+    if not np.allclose(transition.sum(-1), 1) or not np.isclose(start.sum(), 1):
+        raise ValueError("rows of transition and start must sum to 1")
+    return TabularMDP(*(x.astype(np.float32) for x in (transition, reward, start)))
 
 
 def joint_index(action: jax.Array, num_bins: int) -> jax.Array:
@@ -48,54 +65,60 @@ def joint_index(action: jax.Array, num_bins: int) -> jax.Array:
 def refine(mdp: TabularMDP, num_bins: int, grid: ActionGrid) -> TabularMDP:
     """The same process seen through an agent's grid: K becomes the agent's number of joint actions.
 
-    Each action of the agent (in the order of `all_bins(grid)`) does what its decoded centre does in
-    bins of the process. With equal grids this only reorders nothing.
+    Action i does what the centre of cell `all_bins(grid)[i]` does in the bins of the process. On the host.
     """
-    action = decode_c2f(jnp.asarray(all_bins(grid)), grid.num_bins)
-    index = joint_index(action, num_bins)
+    cells = grid.num_bins**grid.num_levels
+    place = grid.num_bins ** np.arange(grid.num_levels - 1, -1, -1)
+    cell = (all_bins(grid) * place[:, None]).sum(1)  # [A, D]
+    bins = (2 * cell + 1) * num_bins // (2 * cells)  # of the centre (2 cell + 1) / cells - 1
+    index = (bins * num_bins ** np.arange(grid.num_dims - 1, -1, -1)).sum(-1)
     return TabularMDP(mdp.transition[:, index], mdp.reward[:, index], mdp.start)
 
 
-def backup(mdp: TabularMDP, v: jax.Array, discount: float) -> jax.Array:
-    """Q f32[S, K] of state values f32[S]."""
-    after = jnp.concatenate([v, jnp.zeros(1, v.dtype)])
-    return (mdp.transition * (mdp.reward + discount * after)).sum(-1)
-
-
-def solve(mdp: TabularMDP, discount: float, alpha: float = 0.0, num_iters: int = 400) -> Solution:
-    """Value iteration: soft with temperature alpha > 0, hard with alpha = 0.
+def solve(mdp: TabularMDP, discount: float, alpha: float = 0.0, num_iters: int = 2000) -> Solution:
+    """Value iteration in float64 on the host: soft with temperature alpha > 0, hard with alpha = 0.
 
     The soft policy is exp((Q - V) / alpha); the hard one is uniform over the best actions.
     """
-
-    def value(q):
-        return alpha * jax.nn.logsumexp(q / alpha, -1) if alpha else q.max(-1)
-
-    v = jax.lax.fori_loop(
-        0, num_iters, lambda _, v: value(backup(mdp, v, discount)), jnp.zeros(mdp.start.shape)
-    )
-    q = backup(mdp, v, discount)
+    transition, reward = np.float64(mdp.transition), np.float64(mdp.reward)
+    v = np.zeros(len(mdp.start) + 1)  # the last entry is the end of the episode
+    for _ in range(num_iters):
+        q = (transition * (reward + discount * v)).sum(-1)
+        top = q.max(-1, keepdims=True)
+        new = top[:, 0] + (alpha * np.log(np.exp((q - top) / alpha).sum(-1)) if alpha else 0.0)
+        change = np.abs(new - v[:-1]).max()
+        v[:-1] = new
+        if change < 1e-12:
+            break
+    q = (transition * (reward + discount * v)).sum(-1)
     if alpha:
-        return Solution(v, q, jax.nn.softmax(q / alpha, -1))
-    best = (q >= q.max(-1, keepdims=True) - 1e-6).astype(jnp.float32)
-    return Solution(v, q, best / best.sum(-1, keepdims=True))
+        policy = np.exp((q - v[:-1, None]) / alpha)
+    else:
+        policy = (q >= q.max(-1, keepdims=True) - 1e-9).astype(float)
+    policy /= policy.sum(-1, keepdims=True)
+    return Solution(*(np.float32(x) for x in (v[:-1], q, policy)))
 
 
-def policy_value(mdp: TabularMDP, policy: jax.Array, discount: float) -> jax.Array:
-    """Exact V of a policy f32[S, K], f32[S]: the solution of (I - gamma P) v = r."""
+def policy_value(mdp: TabularMDP, policy: Any, discount: float) -> Any:
+    """Exact V of a policy f32[S, K], f32[S]: the solution of (I - gamma P) v = r.
+
+    NumPy in, NumPy out (float64); jittable with arrays of JAX.
+    """
+    xp: Any = np if isinstance(policy, np.ndarray) else jnp
     num_states = mdp.start.shape[0]
-    p = jnp.einsum("sk,skt->st", policy, mdp.transition)[:, :num_states]
-    r = jnp.einsum("sk,skt,skt->s", policy, mdp.transition, mdp.reward)
-    return jnp.linalg.solve(jnp.eye(num_states) - discount * p, r)
+    p = xp.einsum("sk,skt->st", policy, mdp.transition)[:, :num_states]
+    r = xp.einsum("sk,skt,skt->s", policy, mdp.transition, mdp.reward)
+    return xp.linalg.solve(xp.eye(num_states) - discount * p, r)
 
 
-def normalised_return(mdp: TabularMDP, policy: jax.Array, discount: float) -> jax.Array:
-    """Discounted return from the start distribution, 0 = uniform policy, 100 = optimal."""
-    num_actions = mdp.transition.shape[1]
-    uniform = jnp.full(policy.shape, 1 / num_actions)
-    best = mdp.start @ solve(mdp, discount).v
-    low = mdp.start @ policy_value(mdp, uniform, discount)
-    return 100 * (mdp.start @ policy_value(mdp, policy, discount) - low) / (best - low)
+def choose(u: jax.Array, probs: Any) -> jax.Array:
+    """The index that u uniform in [0, 1) picks from probs f32[K], i32[]; never one of probability 0.
+
+    >>> [int(choose(jnp.float32(u), jnp.array([0.0, 0.5, 0.5]))) for u in (0.0, 0.4, 0.6)]
+    [1, 1, 2]
+    """
+    cdf = jnp.cumsum(jnp.asarray(probs))
+    return (u * cdf[-1] >= cdf).sum().astype(jnp.int32)
 
 
 class TabularState(NamedTuple):
@@ -118,36 +141,21 @@ def tabular_env(mdp: TabularMDP, num_dims: int, num_bins: int, horizon: int) -> 
         return jax.nn.one_hot(s, num_states)
 
     def reset(key: jax.Array) -> tuple[TabularState, jax.Array]:
-        s = jax.random.categorical(key, jnp.log(mdp.start)).astype(jnp.int32)
+        s = choose(jax.random.uniform(key), mdp.start)
         return TabularState(s, jnp.int32(0)), observe(s)
 
     def step(state: TabularState, action: jax.Array, key: jax.Array):
-        k_next, k_reset = jax.random.split(key)
+        u_next, u_reset = jax.random.uniform(key, (2,))
         k = joint_index(action, num_bins)
-        after = jax.random.categorical(k_next, jnp.log(mdp.transition[state.state, k]))
-        after = after.astype(jnp.int32)
-        reward = mdp.reward[state.state, k, after]
+        after = choose(u_next, jnp.asarray(mdp.transition)[state.state, k])
+        reward = jnp.asarray(mdp.reward)[state.state, k, after]
         terminated = after == num_states
         truncated = (state.age + 1 >= horizon) & ~terminated
         # A terminated step has no next state: its final observation is the zero vector.
         final_obs = observe(after)
-        fresh, first = reset(k_reset)
         over = terminated | truncated
-        new = TabularState(jnp.where(over, fresh.state, after), jnp.where(over, 0, state.age + 1))
-        obs = jnp.where(over, first, final_obs)
-        return new, TimeStep(obs, reward, terminated, truncated, final_obs)
+        first = choose(u_reset, mdp.start)
+        new = TabularState(jnp.where(over, first, after), jnp.where(over, 0, state.age + 1))
+        return new, TimeStep(observe(new.state), reward, terminated, truncated, final_obs)
 
     return Env(reset, step, num_states, num_dims)
-
-
-def from_numpy(transition: np.ndarray, reward: np.ndarray, start: np.ndarray) -> TabularMDP:
-    """A TabularMDP from arrays, checked: shapes agree and every row is a distribution."""
-    s, k, t = transition.shape
-    if t != s + 1 or reward.shape != transition.shape or start.shape != (s,):
-        raise ValueError(
-            f"transition {transition.shape}, reward {reward.shape}, start {start.shape}: expected "
-            "(S, K, S+1), the same, and (S,)"
-        )
-    if not np.allclose(transition.sum(-1), 1) or not np.isclose(start.sum(), 1):
-        raise ValueError("rows of transition and start must sum to 1")
-    return TabularMDP(*(jnp.asarray(x, jnp.float32) for x in (transition, reward, start)))
