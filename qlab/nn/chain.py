@@ -69,27 +69,30 @@ def patches(x: jax.Array, size: int = 3, stride: int = 1) -> jax.Array:
     return jnp.concatenate(views, -1)
 
 
-def pad_layers(chain: Chain, layers: Sequence[Layer]) -> tuple[Chain, tuple[Layer, ...]]:
-    """The same function of an MLP with all layers zero-padded to one shape: one compiled step fits all.
+def padded(
+    chain: Chain, shapes: Sequence[tuple[int, ...]]
+) -> tuple[Chain, Callable[[Sequence[Layer]], tuple[Layer, ...]]]:
+    """An MLP whose layers are zero-padded to one shape, so that one compiled step fits them all.
 
-    The padded outputs are extra columns of zeros at the end of the last layer's output.
+    Returns:
+      (chain, pad): the same function of the padded layers; its output has extra columns of zeros.
     """
-    num_out = max(layer.w.shape[0] for layer in layers)
-    num_in = max(layer.w.shape[1] for layer in layers)
-    width = max(num_in, num_out)
+    num_out = max(rows for rows, _ in shapes)
+    width = max(num_out, *(cols for _, cols in shapes))
 
-    def pad(layer: Layer) -> Layer:
-        rows, cols = num_out - layer.w.shape[0], width - layer.w.shape[1]
-        return Layer(jnp.pad(layer.w, [(0, rows), (0, cols)]), jnp.pad(layer.b, [(0, rows)]))
-
-    first = chain.pre[0]
+    def pad(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+        free = [(num_out - a.w.shape[0], width - a.w.shape[1]) for a in layers]
+        return tuple(
+            Layer(jnp.pad(a.w, [(0, r), (0, c)]), jnp.pad(a.b, [(0, r)]))
+            for a, (r, c) in zip(layers, free, strict=True)
+        )
 
     def flatten_padded(x: jax.Array) -> jax.Array:
-        x = first(x)
+        x = chain.pre[0](x)
         return jnp.pad(x, [(0, 0), (0, width - x.shape[-1])])
 
-    pre = (flatten_padded,) + (relu_to(width),) * (len(layers) - 1)
-    return Chain(chain.names, pre), tuple(pad(layer) for layer in layers)
+    pre = (flatten_padded,) + (relu_to(width),) * (len(shapes) - 1)
+    return Chain(chain.names, pre), pad
 
 
 def inject_outliers(layers: Sequence[Layer], strength: float, key: jax.Array) -> tuple[Layer, ...]:

@@ -5,6 +5,7 @@ Letters: N = samples, H, W, C = image height, width, channels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -25,7 +26,7 @@ class MLP(nnx.Module):
         self.layers = nnx.List(
             [
                 nnx.Linear(a, b, kernel_init=HE_NORMAL, rngs=rngs)
-                for a, b in zip(widths[:-1], widths[1:], strict=True)
+                for a, b in itertools.pairwise(widths)
             ]
         )
 
@@ -74,6 +75,12 @@ class Model(NamedTuple):
     apply: Callable[[nnx.State, jax.Array], jax.Array]
     chain: Chain
     layers: Callable[[nnx.State], tuple[Layer, ...]]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """(out, in) of every layer, without making one."""
+        made = jax.eval_shape(lambda key: self.layers(self.init(key)), jax.random.key(0))
+        return tuple(layer.w.shape for layer in made)
 
 
 def mlp(widths: Sequence[int]) -> Model:

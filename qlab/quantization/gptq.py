@@ -51,19 +51,28 @@ def damping(h: jax.Array, damp) -> jax.Array:
     return damp * (diagonal * live).sum() / jnp.maximum(live.sum(), 1)
 
 
+@jax.custom_batching.sequential_vmap
+def _inverse_cholesky(h: jax.Array) -> jax.Array:
+    """Upper triangular U with U^T U = h^-1; NaN where h is not positive definite.
+
+    With h = R R^T, R upper triangular (a Cholesky of the reversed matrix), U = R^-1: one
+    factorisation instead of two. Under vmap one matrix after another: a batched LAPACK call inside a
+    larger program was seen to deadlock on a CPU with two cores (jaxlib 0.10).
+    """
+    r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    return jax.scipy.linalg.solve_triangular(r, jnp.eye(h.shape[0], dtype=h.dtype), lower=False)
+
+
 def inverse_factor(h: jax.Array, damp) -> tuple[jax.Array, jax.Array]:
     """Upper triangular U with U^T U = (h + damping I)^-1, and the rung of the ladder that was needed.
 
-    With h = R R^T, R upper triangular (a Cholesky of the reversed matrix), U = R^-1: one
-    factorisation instead of two. A failed one is retried with ten times the damping; rung
-    LADDER means that none was finite.
+    A factorisation that fails is tried again with ten times the damping; rung LADDER means that
+    none was finite.
     """
     eye = jnp.eye(h.shape[0], dtype=h.dtype)
 
     def factor(rung):
-        lam = damping(h, damp) * 10.0**rung
-        r = jnp.linalg.cholesky((h + lam * eye)[::-1, ::-1])[::-1, ::-1]
-        return jax.scipy.linalg.solve_triangular(r, eye, lower=False)
+        return _inverse_cholesky(h + damping(h, damp) * 10.0**rung * eye)
 
     def failed(carry):
         u, rung = carry
@@ -125,5 +134,6 @@ def fp_target(w, c, h, damp=0.01) -> jax.Array:
     min over W* of E |W* x_q - W x_fp|^2, with C = E[x_fp x_q^T] and H = E[x_q x_q^T], both damped by
     the same multiple of the identity, so that W* = W where the prefix is exact.
     """
-    lam = damping(h, damp) * jnp.eye(h.shape[0], dtype=h.dtype)
-    return jnp.linalg.solve(h + lam, (w.astype(h.dtype) @ (c + lam)).T).T
+    u, rung = inverse_factor(h, damp)
+    lam = damping(h, damp) * 10.0**rung * jnp.eye(h.shape[0], dtype=h.dtype)
+    return (w.astype(h.dtype) @ (c + lam)) @ (u.T @ u)

@@ -96,6 +96,7 @@ def unit_layers(num_layers: int, unit: str) -> list[tuple[int, ...]]:
 
 def post_training(
     chain: Chain,
+    shapes: Sequence[tuple[int, ...]],
     nets: Callable[[jax.Array], Mapping[str, Sequence[Layer]]],
     pool: np.ndarray,
     test: tuple[np.ndarray, np.ndarray],
@@ -113,7 +114,7 @@ def post_training(
     """One arm of a comparison of weight-quantization methods.
 
     Args:
-      chain: static part of the net. nets: key -> {net name: layers}, e.g. plain and twin; trained.
+      chain: static part of the net. shapes: (out, in) of its layers. nets: key -> {net name: layers}, e.g. plain and twin; trained.
       pool: f32[M, ...] images to draw calibration samples from. test: (images, labels i32).
       tasks: the cells; widths up to 8 bits. Cells with draw or run > 0 must follow their original.
       method: see qlab.quantization.methods.
@@ -141,7 +142,6 @@ def post_training(
     units = unit_layers(len(chain.names), "layer" if method.layerwise else unit)
     max_bits = max(t.bits for t in tasks)
     sample = jax.ShapeDtypeStruct((num_calibration, *pool.shape[1:]), jnp.float32)
-    shapes = jax.eval_shape(nets, jax.random.key(0))[tasks[0].net]
     plans = _plan(chain, shapes, units, sample, method.rounds)
     bits = jnp.array([t.bits for t in tasks])
     shared = jnp.array([t.granularity == "tensor" for t in tasks])
@@ -164,11 +164,9 @@ def post_training(
         groups, x_shape = [], x0.shape
         for plan in plans:
             first = plan.layers[0]
-            pick = lambda j, f: jnp.stack(
-                [jnp.stack([f(net[u[j]]) for u in plan.layers]) for net in layers]
-            )  # noqa: E731
-            w = tuple(pick(j, lambda layer: layer.w) for j in range(len(first)))
-            b = tuple(pick(j, lambda layer: layer.b) for j in range(len(first)))
+            pick = partial(_gather, layers, plan.layers)
+            w = tuple(pick(j, 0) for j in range(len(first)))
+            b = tuple(pick(j, 1) for j in range(len(first)))
             grid = tuple(make_grids(a, bits, shared) for a in w)
             q = tuple(jax.vmap(jax.vmap(_nearest))(a, g) for a, g in zip(w, grid, strict=True))
             here = jax.tree.map(lambda a: a[:, 0], (w, grid))
@@ -188,7 +186,7 @@ def post_training(
                     x,
                     jnp.ones((len(tasks), n, 2)),
                     jnp.zeros((len(tasks), n)),
-                )  # fmt: skip
+                )
             )
             x_shape = _next_shape(chain, plan, w, x_shape)
         return State(keys, jnp.zeros((), jnp.int32), tuple(groups))
@@ -200,9 +198,7 @@ def post_training(
 
         def one_task(key, group: Group, i, local):
             """A round of one task; i = unit within the group, local = round within the unit."""
-            at = lambda tree: jax.tree.map(
-                lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False), tree
-            )  # noqa: E731
+            at = partial(jax.tree.map, lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False))
             w, b, grid = at(group.w), at(group.b), at(group.grid)
             new = partial(jax.tree.map, partial(jnp.where, local == 0))
             x_q, x_fp = new((group.next_q, group.next_fp), (group.x_q, group.x_fp))
@@ -264,6 +260,7 @@ def post_training(
         for u in plan.layers
     )
     x_test, y_test = jnp.asarray(test[0]), jnp.asarray(test[1])
+    percent = 100.0 / len(y_test)
 
     def evaluate(state: State) -> dict[str, jax.Array]:
         def one_task(groups):
@@ -287,8 +284,9 @@ def post_training(
             error = jnp.concatenate([group.error for group in groups])
             floor = jnp.maximum(error, 1e-12)
             return {
-                "accuracy": hits[0],
-                "fp_accuracy": hits[1],
+                "hits": hits[0],
+                "accuracy": hits[0] * percent,
+                "fp_accuracy": hits[1] * percent,
                 "mse_ratio": jnp.exp(jnp.log(floor[:, 0] / floor[:, 1]).mean()),
                 "moved": jnp.stack(moved).mean(0)[0],
                 "moved2": jnp.stack(moved).mean(0)[1],
@@ -297,16 +295,16 @@ def post_training(
             }
 
         values = jax.vmap(one_task)(state.groups)
+        hits = values.pop("hits")
         out = {}
         for t, task in enumerate(tasks):
             if task.draw == 0 and task.run == 0:
                 out |= {f"{task.name}/{name}": v[t] for name, v in values.items()}
-                sizes = [layer.w.shape for layer in shapes]
                 out |= {
                     f"{task.name}/{k}": jnp.float32(v)
-                    for k, v in storage(sizes, task, options).items()
+                    for k, v in storage(shapes, task, options).items()
                 }
-        return out | variance_split(tasks, values["accuracy"])
+        return out | variance_split(tasks, hits, percent)
 
     return Experiment(init, evaluate, phases, seed_layout)
 
@@ -331,15 +329,19 @@ def storage(
     }
 
 
-def variance_split(tasks: Sequence[Task], accuracy: jax.Array) -> dict[str, jax.Array]:
+def variance_split(tasks: Sequence[Task], hits: jax.Array, percent: float) -> dict[str, jax.Array]:
     """Shares of the spread over seeds, from tasks that repeat another with a fresh draw or method key.
 
     For a repeat that differs in the method key only, E (a - a')^2 / 2 is the variance that key makes;
     for one that differs in draw and key, it is that of both. The mean of these rows over seeds is
     the estimate; what is left of the variance of `accuracy` over seeds is the trained net's.
 
+    Args:
+      hits: i32[T], right answers per task (whole numbers: equal tasks give exactly 0).
+      percent: accuracy points per right answer.
+
     >>> tasks = [Task("w2", 2, "channel"), Task("w2", 2, "channel", run=1)]
-    >>> float(variance_split(tasks, jnp.array([90.0, 92.0]))["w2/variance_method"])
+    >>> float(variance_split(tasks, jnp.array([90, 92]), 1.0)["w2/variance_method"])
     2.0
     """
     home = {t.name: i for i, t in enumerate(tasks) if t.draw == 0 and t.run == 0}
@@ -347,8 +349,14 @@ def variance_split(tasks: Sequence[Task], accuracy: jax.Array) -> dict[str, jax.
     for i, t in enumerate(tasks):
         if t.draw or t.run:
             what = "variance_calibration_and_method" if t.draw else "variance_method"
-            out[f"{t.name}/{what}"] = (accuracy[i] - accuracy[home[t.name]]) ** 2 / 2
+            gap = (hits[i] - hits[home[t.name]]) * percent
+            out[f"{t.name}/{what}"] = gap**2 / 2
     return out
+
+
+def _gather(nets, units, position: int, field: int) -> jax.Array:
+    """f32[T, n, ...]: a field (0 = w, 1 = b) of the layer at a position of each unit, per task."""
+    return jnp.stack([jnp.stack([net[unit[position]][field] for unit in units]) for net in nets])
 
 
 def _nearest(w: jax.Array, grid: Grid) -> QTensor:
@@ -361,7 +369,7 @@ def _plan(chain, shapes, units, sample, rounds) -> tuple[_Plan, ...]:
     last = None
     for number, unit in enumerate(units):
         inner = tuple(chain.pre[i] for i in unit[1:])
-        same = (tuple(shapes[i].w.shape for i in unit), inner, x.shape)
+        same = (tuple(shapes[i] for i in unit), inner, x.shape)
         pre = chain.pre[unit[0]]
         group = plans[-1].layers if plans else ()
         if same == last and (len(group) == 1 or chain.pre[group[1][0]] is pre):
@@ -371,7 +379,7 @@ def _plan(chain, shapes, units, sample, rounds) -> tuple[_Plan, ...]:
         last = same
         for j, i in enumerate(unit):
             x = x if j == 0 else jax.eval_shape(chain.pre[i], x)
-            x = jax.ShapeDtypeStruct((*x.shape[:-1], shapes[i].w.shape[0]), x.dtype)
+            x = jax.ShapeDtypeStruct((*x.shape[:-1], shapes[i][0]), x.dtype)
         if unit[-1] + 1 < len(chain.pre):
             x = jax.eval_shape(chain.pre[unit[-1] + 1], x)
     return tuple(plans)

@@ -1,0 +1,167 @@
+"""FlexRound against rounding to nearest, AdaRound, AdaQuant and GPTQ: one walk over layers, other methods."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from qlab import data
+from qlab.lab.experiment import Claim, Experiment, Figure, Metric
+from qlab.nn import zoo
+from qlab.nn.chain import inject_outliers
+from qlab.quantization import adaquant, adaround, flexround, lrq, methods
+from qlab.quantization.post_training import Task, post_training
+
+PAPER = "Lee et al., ICML 2023"
+CELLS = tuple(
+    f"w{b}_{g}{twin}" for twin in ("", "_twin") for g in ("tensor", "channel") for b in (2, 3, 4)
+)
+SMALL = "8-layer digits net, so no ImageNet margin is expected"
+
+CLAIMS = (
+    *(
+        Claim(
+            f"FlexRound is no worse than rounding to nearest ({cell})",
+            f"{PAPER}, tables 2-7 (in every row)",
+            ("flexround", f"{cell}/accuracy"),
+            ">=",
+            ("rtn_mse", f"{cell}/accuracy"),
+            note="same searched grid for both",
+        )
+        for cell in CELLS
+    ),
+    *(
+        Claim(
+            f"FlexRound keeps up with AdaRound, per tensor ({cell})",
+            f"{PAPER}, table 2",
+            ("flexround", f"{cell}/accuracy"),
+            ">=",
+            ("adaround", f"{cell}/accuracy"),
+            margin=-0.3,
+            note=SMALL,
+        )
+        for cell in ("w2_tensor", "w3_tensor")
+    ),
+    Claim(
+        "FlexRound beats AdaRound where weight ranges differ widely, per tensor (w4_tensor_twin)",
+        f"{PAPER}, section 4.1 (MobileNetV2)",
+        ("flexround", "w4_tensor_twin/accuracy"),
+        ">=",
+        ("adaround", "w4_tensor_twin/accuracy"),
+        margin=1.0,
+        note="the twin re-scales hidden channels by 2^U(-2, 2) to get such ranges",
+    ),
+    Claim(
+        "Division beats addition (w4_tensor_twin)",
+        f"{PAPER}, section 3.2",
+        ("flexround", "w4_tensor_twin/accuracy"),
+        ">=",
+        ("adaquant", "w4_tensor_twin/accuracy"),
+        note="AdaQuant here is the same program with round(w / s1 + V)",
+    ),
+)
+
+METRICS = {
+    "accuracy": Metric("%", "higher", "test accuracy of the quantized net"),
+    "fp_accuracy": Metric("%", "none", "test accuracy of the float net"),
+    "mse_ratio": Metric(
+        "", "lower", "layer error over that of rounding to nearest (geometric mean)"
+    ),
+    "moved": Metric("%", "none", "weights one or more grid steps from the nearest"),
+    "moved2": Metric("%", "none", "weights two or more grid steps from the nearest"),
+    "stored_bits": Metric("bits", "lower", "per weight, scales and zero points included"),
+    "bytes": Metric("B", "lower", "packed weights with scales and zero points"),
+    "fallbacks": Metric("", "lower", "layers whose Hessian needed more damping than asked for"),
+    "sites_total": Metric("", "none", "layers"),
+    "variance_method": Metric(
+        "pt^2", "none", "its mean over seeds: variance from the method's key"
+    ),
+    "variance_calibration_and_method": Metric(
+        "pt^2", "none", "the same with a fresh calibration draw"
+    ),
+}
+
+FIGURES = (
+    Figure("Test accuracy", "bars", "accuracy", ylabel="%"),
+    Figure("Layer error against rounding to nearest", "bars", "mse_ratio", logy=True),
+    Figure(
+        "Error of the layer at work over that of rounding to nearest",
+        "curve",
+        "mse_ratio",
+        logy=True,
+    ),
+)
+
+
+def tasks(c) -> list[Task]:
+    """The cells, and two repeats of the first one that split its variance."""
+    cells = [
+        Task(f"w{bits}_{kind}" + ("_twin" if net == "twin" else ""), bits, kind, net)
+        for net in c.nets
+        for kind in c.granularities
+        for bits in c.bits
+    ]
+    anchor = [t for t in cells if t.name == c.anchor]
+    return cells + [t._replace(run=1) for t in anchor] + [t._replace(draw=1, run=2) for t in anchor]
+
+
+def method(c) -> methods.Method:
+    """The arm's way to quantize a unit."""
+    if c.method == "rtn":
+        return methods.nearest()
+    if c.method == "gptq":
+        return methods.gptq(damp=c.damp, act_order=c.act_order, target=c.target)
+    rule = {
+        "adaround": lambda: adaround(reg_weight=c.reg_weight),
+        "adaquant": lambda: adaquant(learn_s1=c.learn_s1),
+        "flexround": lambda: (
+            flexround(learn_s1=c.learn_s1, use_s3=c.use_s3, parametrisation=c.parametrisation)
+            if c.rule == "division"
+            else adaquant(learn_s1=c.learn_s1)
+        ),
+        "lrq": lambda: lrq(c.rank, learn_s1=c.learn_s1),
+    }[c.method]()
+    lr = c.learning_rate
+    rate = optax.cosine_decay_schedule(lr, c.num_iters) if c.schedule == "cosine" else lr
+    return methods.learned(
+        rule,
+        optax.adam(rate),
+        num_iters=c.num_iters,
+        rounds=c.rounds,
+        batch_size=c.batch_size,
+        reduction=c.reduction,
+        input_mix=c.input_mix,
+    )
+
+
+def build(c) -> Experiment:
+    r = zoo.recipe(c.net)
+    model = zoo.model(r.kind, r.widths)
+    images = data.load(r.dataset)
+
+    def nets(key: jax.Array):
+        layers = model.layers(zoo.train(c.net, key)[1])
+        twin = inject_outliers(layers, c.twin_strength, jax.random.fold_in(key, 1))
+        return {"plain": layers, "twin": twin}
+
+    is_conv = r.kind == "cnn"
+    return post_training(
+        model.chain,
+        model.shapes,
+        nets,
+        images.x_train,
+        (images.x_val, images.y_val) if c.split == "val" else (images.x_test, images.y_test),
+        tasks(c),
+        method(c),
+        target=c.target,
+        unit=c.unit,
+        num_calibration=c.num_calibration,
+        grid_options={
+            "symmetric": c.symmetric,
+            "calibration": c.calibration,
+            "ties": c.rounding_ties,
+        },
+        vary=c.vary,
+        seed_layout="map" if is_conv else "vmap",
+        loop="step" if is_conv else "scan",
+    )
