@@ -59,7 +59,7 @@ def build(c):
         return State(key, jnp.int32(0), jnp.float32(0.0))
 
     def step(s):
-        time.sleep(c.sleep)
+        time.sleep(c.sleep if os.path.exists(f"hold-{c.arm}") else 0)
         noise = jax.random.normal(jax.random.fold_in(s.key, s.step), ())
         return s._replace(step=s.step + 1, x=s.x + c.opt.lr * (noise - s.x)), {"x": s.x}
 
@@ -369,29 +369,32 @@ def processes(of):
 
 
 def started(words, arm="one"):
-    """A sweep in the background whose slow trial has come into its first arm's steps."""
+    """A sweep in the background whose slow trial has come into an arm's steps."""
     process = subprocess.Popen(
         [sys.executable, "-m", "qlab.sweep", "--config", "toy.py", *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    folder = Path(words[-1])
-    wait_for(lambda: any(p.stat().st_size for p in folder.glob(f"sleep=*/{arm}/metrics.jsonl")))
+    wait_for(lambda: any(p.stat().st_size for p in Path().glob(f"s/sleep=0.*/{arm}/metrics.jsonl")))
     return process
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_killed_stopped_resumed(study):
     folder = str(study / "s")
-    words = ["--grid", "sleep=0.06,0.0", "--config.steps=20", "--jobs", "2", "--seeds", "1", "--workdir", folder]  # fmt: skip
+    words = ["--grid", "sleep=0.0,0.1", "--config.steps=300", "--jobs", "2", "--seeds", "1", "--workdir", folder]  # fmt: skip
+    for arm in ("one", "two"):
+        Path(f"hold-{arm}").touch()
 
     process = started(words)
-    process.kill()  # no handler runs: the kernel tells the trials
+    process.kill()  # no handler runs: the trials notice
     process.communicate()
     wait_for(lambda: not processes(folder))
-    (slow,) = Path(folder).glob("sleep=0.06*")
+    (slow,) = Path(folder).glob("sleep=0.1*")
     assert json.loads((slow / "manifest.json").read_text())["status"] == "preempted"
 
+    Path("hold-one").unlink()
     process = started(words, "two")
+    wait_for(lambda: any(t["status"] == "done" for t in book(folder)["trials"]))
     second = sweep(*words)
     assert second.returncode == 2
     assert "in use by process" in second.stderr
@@ -400,8 +403,9 @@ def test_killed_stopped_resumed(study):
     assert process.returncode == 75, out
     assert not processes(folder)
     assert "1 not finished" in out
-    assert [t["status"] for t in book(folder)["trials"]] == ["preempted", "done"]
+    assert [t["status"] for t in book(folder)["trials"]] == ["done", "preempted"]
 
+    Path("hold-two").unlink()
     done = sweep(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 trials: 1 done, 1 skipped" in done.stdout
@@ -419,13 +423,12 @@ def test_killed_stopped_resumed(study):
 def test_a_second_signal_ends_all_at_once(study):
     folder = str(study / "s")
     words = ["--grid", "sleep=0.01", "--config.steps=1000", "--seeds", "1", "--config.log_points=1000", "--workdir", folder]  # fmt: skip
-    (study / "toy_exp.py").write_text(
-        EXPERIMENT.replace("time.sleep(c.sleep)", "time.sleep(0.01 if s.step < 3 else 100)")
-    )
+    sleepy = "if s.step == 3: open('asleep', 'w').close(); time.sleep(100)"
+    (study / "toy_exp.py").write_text(EXPERIMENT.replace("step(s):", f"step(s):\n        {sleepy}"))
     process = started(words)
-    time.sleep(0.3)
+    wait_for(Path("asleep").exists)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(1.0)
     assert process.poll() is None  # it waits for the trial to save
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
