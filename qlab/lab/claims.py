@@ -127,7 +127,12 @@ def _parse(fields: Mapping[str, Any]) -> Claim:
         raise _Undecided(f"malformed claim: kind {fields['kind']!r}")
     if fields["kind"] == "ratio" and not fields["margin"] > 0:
         raise _Undecided("a ratio needs a positive margin (1 means no worse)")
-    return Claim(**{**fields, "left": tuple(left), "right": right})
+    claim = Claim(**{**fields, "left": tuple(left), "right": right})
+    if isinstance(right, tuple) or claim.kind == "ratio":
+        return claim
+    # left - 90 >= 0 is shown as left >= 90: the number that people know.
+    paper = None if claim.paper is None else claim.paper + right
+    return claim._replace(right=0.0, margin=claim.margin + right, paper=paper)
 
 
 def _available(cells: stats.Cells, manifest: Mapping[str, Any], arm: str, key: str) -> str:

@@ -212,7 +212,8 @@ def _claim(v: Mapping[str, Any]) -> dict[str, Any]:
     else:
         side = str(right)
     join = "/" if out.get("kind") == "ratio" else "−"
-    out["formula"] = f"{left} {join} {side} {sign} {stats.format_number(out.get('margin'))}"
+    against = "" if right == 0 else f" {join} {side}"
+    out["formula"] = f"{left}{against} {sign} {stats.format_number(out.get('margin'))}"
     out["op_sign"] = sign
     reason = str(out.get("reason", "")).replace(">=", "≥").replace("<=", "≤")
     out["reason_text"] = "The " + reason[4:] if reason.startswith("the ") else reason

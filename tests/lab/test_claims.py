@@ -43,8 +43,9 @@ def test_interval_is_scipys_paired_interval(n, rng):
 
 def test_interval_against_a_number_is_scipys_one_sample_interval(rng):
     ours = rng.normal(1.0, 0.3, 6)
-    want = scipy.stats.ttest_1samp(ours - 0.9, 0).confidence_interval(0.95)
+    want = scipy.stats.ttest_1samp(ours, 0.9).confidence_interval(0.95)
     v = verdict(study(ours=ours), right=0.9)
+    assert v.margin == 0.9  # shown on the scale of the number itself
     np.testing.assert_allclose([v.low, v.high], [want.low, want.high], rtol=1e-12)
     assert v.opponent == ""
 

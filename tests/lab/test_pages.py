@@ -62,7 +62,7 @@ def test_order_and_content(run_page):
     run, text = run_page
     page = Page(text)
     words = page.words
-    marks = ["python -m qlab.run --config", "Claims", CLAIMS[0].text, "Results", "Learning curves", "Figures", "How it was made", "Config"]  # fmt: skip
+    marks = ["python -m qlab.run --config", "Claims", CLAIMS[0].text, "Figures", "Results", "Learning curves", "How it was made", "Config"]  # fmt: skip
     at = [words.index(m) for m in marks]
     assert at == sorted(at)
     for shown in ("the paper: 12.5", "Table 2", "Digits, not ImageNet.", "1 of 5 seeds non-finite in rtn", "seed 1 at step 340", "3 min 23 s", "0123456789", "jax 0.10.2", "3f9ac0ffee", "not measured in this variant"):  # fmt: skip
