@@ -150,13 +150,15 @@ def _run(
         with contextlib.suppress(UserError):
             book.save("failed")
         raise
-    status = "failed" if any(book[t.id]["status"] == "failed" for t in p.trials) else "done"
-    book.save("preempted" if stop.why else status)
+    states = {book[t.id]["status"] for t in p.trials}
+    unfinished = not states <= {"done", "failed"}
+    book.save("preempted" if unfinished else "failed" if "failed" in states else "done")
     page = _draw(p.workdir, command, console)
     result = Result(p.workdir, page, [book[t.id] for t in p.trials], tuple(skipped), retried)
     if not console.quiet:
         _digest(p, result, console)
-    stop.check()
+    if unfinished:
+        stop.check()
     return result
 
 

@@ -263,7 +263,8 @@ def _hidden(base: study.Plan, key: str) -> str:
 def trial_name(overrides: Mapping[str, Any], all_keys: Sequence[str], config_hash: str) -> str:
     """A folder name: the overrides for people, the hash of the whole config for certainty.
 
-    A key goes by its last part where no other key of the config ends in it.
+    A key goes by its last part where no other key of the config ends in it; of a long tuple only the
+    ends are shown.
 
     >>> trial_name({"bits": 2, "optimizer.lr": 1e-3}, ["bits", "optimizer", "optimizer.lr"], "0f1e2d3c4b5a")
     'bits=2,lr=0.001-0f1e2d3c'
@@ -272,6 +273,8 @@ def trial_name(overrides: Mapping[str, Any], all_keys: Sequence[str], config_has
     parts = []
     for key, value in overrides.items():
         last = key.rsplit(".", 1)[-1]
+        if isinstance(value, list | tuple) and len(value) > 4:
+            value = (value[0], "..", value[-1])
         parts.append(f"{last if ends[last] < 2 else key}={_show(value, 'x')}")
     name = re.sub(r"[^\w.+=,-]+", "_", ",".join(parts))[:MAX_NAME] or "base"
     return f"{name}-{config_hash[:8]}"

@@ -160,6 +160,8 @@ def test_folder_names_are_readable_stable_and_differ(study):
         "toy.py", grid={"opt.lr": "0.001", "widths": "(4,4)", "unused": "a/b_c"}
     ).trials
     assert other.id != trial.id
+    (long,) = trials.plan("toy.py", grid={"widths": [(1, 2, 3, 4, 5)]}).trials
+    assert long.id.startswith("widths=1x..x5-")
     (reseeded,) = trials.plan("toy.py", seeds=3, grid={"opt.lr": "0.001"}).trials
     (plain,) = trials.plan("toy.py", grid={"opt.lr": "0.001"}).trials
     assert reseeded.id != plain.id
@@ -214,6 +216,7 @@ def test_every_trial_command_gives_back_its_config(study):
         ({"grid": {"steps": "1,,2"}}, "wants int"),
         ({"grid": {"steps": []}}, "no values"),
         ({"grid": {"steps": 3}}, "sequence"),
+        ({"grid": {"unused": [None]}}, "command line"),  # there it would be the word None
         ({"grid": {"widths": "4,8"}}, "brackets"),
         ({"grid": {"opt": "1"}}, "is a group"),
         ({"grid": {"seeds": "0"}}, "runs nothing"),
