@@ -7,6 +7,8 @@ Letters: S = states, K = joint actions of the process, A = joint actions of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlab.rl.agent import Agent, Transition
-from qlab.rl.c2f import ActionGrid, all_bins, decode_c2f, encode_c2f
-from qlab.rl.envs.coupled import Logged, Task, behaviour
+from qlab.rl.c2f import ActionGrid, action_grid, all_bins, decode_c2f, encode_c2f
+from qlab.rl.envs.coupled import Logged, Task, behaviour, draw_log
 from qlab.rl.envs.tabular import (
     Solution,
     joint_index,
@@ -23,6 +25,7 @@ from qlab.rl.envs.tabular import (
     refine,
     solve,
 )
+from qlab.rl.loop import OfflineGroup
 
 
 class ExactTask(NamedTuple):
@@ -130,3 +133,50 @@ def exact_inspect(
     if grid.num_dims == 2 and grid.num_levels == 1:
         out["joint_q"] = q[0].reshape(grid.num_bins, grid.num_bins)
     return out
+
+
+def exact_groups(
+    tasks: Mapping[str, tuple[Task, tuple[float, ...]]],
+    make_agent: Callable[[int, ActionGrid], Agent],
+    *,
+    alpha: float,
+    discount: float,
+    noise: float,
+    num_logged: int,
+    demo_share: float = 1.0,
+    num_levels: int = 1,
+    num_bins: int = 0,
+) -> list[OfflineGroup]:
+    """Groups for `offline_rl`, one for each shape of task.
+
+    Args:
+      tasks: name -> (task, shares of its controllers in the log).
+      make_agent: (obs_dim, grid of the agent's actions) -> Agent.
+      alpha: temperature of the soft optimum to compare with; 0 = hard.
+      num_levels, num_bins: the agent's grid; num_bins = 0 takes the task's own bins.
+    """
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for name, (task, _) in tasks.items():
+        shapes.setdefault((task.num_dims, task.num_bins, task.mdp.start.size), []).append(name)
+    groups = []
+    for (num_dims, bins, num_states), names in shapes.items():
+        task = tasks[names[0]][0]
+        grid = action_grid(num_dims, num_levels, num_bins or bins)
+        agent = make_agent(num_states, grid)
+        context = [
+            exact_task(t, mix, noise=noise, discount=discount, grid=grid, alpha=alpha)
+            for t, mix in (tasks[n] for n in names)
+        ]
+        groups.append(
+            OfflineGroup(
+                names=tuple(names),
+                agent=agent,
+                context=jax.tree.map(lambda *x: np.stack(x), *context),
+                dataset=lambda x, key, task=task: draw_log(
+                    task, x.logged, key, num_logged, discount, demo_share
+                ),
+                score=partial(exact_score, task, agent, discount),
+                inspect=partial(exact_inspect, task, agent, grid, alpha),
+            )
+        )
+    return groups

@@ -75,7 +75,9 @@ def test_one_dimensional_chain_is_the_same_process():
     assert (b.num_dims, b.num_bins) == (1, 9)
 
 
-@pytest.mark.parametrize("task", [m.bandit(), m.chain(0.2), m.separable(), m.chain(num_dims=1)])
+@pytest.mark.parametrize(
+    "task", [m.bandit(), m.bandit(3, 5), m.chain(0.2), m.separable(), m.chain(num_dims=1)]
+)
 def test_the_log_follows_the_process_and_the_mix(task):
     mix, noise, n = (0.2, 0.5, 0.3), 0.2, 4000
     logged = m.Logged(task.mdp, m.behaviour(task, noise), np.float32(mix))

@@ -50,21 +50,25 @@ class Task(NamedTuple):
     controllers: np.ndarray
 
 
-def bandit(num_bins: int = 5) -> Task:
-    """The motivating example: expert = the r = 1 mode, medium = r = 0.1, bad = r = -1."""
+def bandit(num_bins: int = 5, num_contexts: int = 1) -> Task:
+    """The motivating example: expert = the r = 1 mode, medium = r = 0.1, bad = r = -1.
+
+    The observation is one of num_contexts that all pay the same.
+    """
     if num_bins < 3:
         raise ValueError(f"num_bins={num_bins}: three modes need at least 3 bins")
     lo, hi = num_bins // 4, num_bins - 1 - num_bins // 4
     table = np.zeros((num_bins, num_bins))
     table[hi, hi], table[lo, hi], table[hi, lo] = 1.0, 0.1, -1.0
-    reward = np.zeros((1, num_bins**2, 2))
-    reward[0, :, 1] = table.ravel()
+    reward = np.zeros((num_contexts, num_bins**2, num_contexts + 1))
+    reward[..., -1] = table.ravel()
     transition = np.zeros_like(reward)
-    transition[..., 1] = 1.0
-    modes = np.zeros((3, 1, num_bins**2))
+    transition[..., -1] = 1.0
+    modes = np.zeros((3, num_contexts, num_bins**2))
     for i, (a, b) in enumerate(((hi, hi), (lo, hi), (hi, lo))):
-        modes[i, 0, a * num_bins + b] = 1.0
-    return Task(tabular_mdp(transition, reward, np.ones(1)), 2, num_bins, 1, modes)
+        modes[i, :, a * num_bins + b] = 1.0
+    mdp = tabular_mdp(transition, reward, np.full(num_contexts, 1 / num_contexts))
+    return Task(mdp, 2, num_bins, 1, modes)
 
 
 def _walk(forward: np.ndarray, gain: np.ndarray, slip: float) -> TabularMDP:
@@ -112,7 +116,8 @@ def separable(slip: float = 0.0) -> Task:
 
 def behaviour(task: Task, noise: float) -> np.ndarray:
     """The controllers with a share of uniform actions, f32[3, S, K]."""
-    return np.float32((1 - noise) * task.controllers + noise / task.controllers.shape[-1])
+    mixed = (1 - noise) * task.controllers + noise / task.controllers.shape[-1]
+    return mixed.astype(np.float32)
 
 
 def place_action(task: Task, index: jax.Array, inside: jax.Array) -> jax.Array:
