@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from qlab.lab import checkpoint, loop, records
+from qlab.lab.config import Config
 from qlab.lab.console import Console
 from qlab.lab.device import cache_folder, peak_memory_mb
 from qlab.lab.experiment import Experiment, Metric, as_experiment
@@ -53,7 +53,7 @@ class _Position(NamedTuple):
     diverged: dict[int, int]
 
 
-def run_arm(build: Any, config: ConfigDict, ctx: Context) -> Outcome:
+def run_arm(build: Any, config: Config, ctx: Context) -> Outcome:
     """Runs (or resumes, or skips) one arm.
 
     Args:
@@ -99,7 +99,7 @@ def run_arm(build: Any, config: ConfigDict, ctx: Context) -> Outcome:
     return Outcome(rows, at.diverged, wall_s, False)
 
 
-def _start(exp: Experiment, config: ConfigDict, ctx: Context, folder: Path) -> _Position:
+def _start(exp: Experiment, config: Config, ctx: Context, folder: Path) -> _Position:
     """The newest whole checkpoint, else freshly initialised states."""
     saves, num = folder / "checkpoints", config.seeds
     keys = [jax.random.fold_in(jax.random.key(config.seed), i) for i in range(num)]
@@ -119,10 +119,12 @@ def _start(exp: Experiment, config: ConfigDict, ctx: Context, folder: Path) -> _
             lambda x: jax.ShapeDtypeStruct((num, *x.shape[1:]), x.dtype, sharding=seeds), one
         )
         shapes = jax.eval_shape(lambda s: _fresh(exp, extra["phase"], s, num), wide)
-        put = loop.Carry(*jax.tree.map(lambda _: seeds, shapes[:4]), done=rest)
-        return jax.tree.map(
-            lambda x, d: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=d), shapes, put
-        )
+
+        def put(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        spread = jax.tree.map(lambda x: put(x, seeds), shapes)
+        return spread._replace(done=put(shapes.done, rest))
 
     found = checkpoint.restore(saves, like, ctx.config_hash, ctx.console.say)
     if found is None:
@@ -153,7 +155,7 @@ def _fresh(
 
 def _run_phases(
     exp: Experiment,
-    config: ConfigDict,
+    config: Config,
     ctx: Context,
     folder: Path,
     at: _Position,
@@ -239,7 +241,7 @@ def _mean(values: Any) -> float:
 
 
 def _metric_rows(
-    window: loop.Window, config: ConfigDict, phase: str, before: int, diverged: dict[int, int]
+    window: loop.Window, config: Config, phase: str, before: int, diverged: dict[int, int]
 ) -> list[dict[str, Any]]:
     at = {"arm": config.arm, "phase": phase, "step": before + window.phase_step}
     return [
@@ -255,7 +257,7 @@ def _metric_rows(
 
 
 def _evaluate(
-    exp: Experiment, config: ConfigDict, ctx: Context, folder: Path, at: _Position, wall_s: float
+    exp: Experiment, config: Config, ctx: Context, folder: Path, at: _Position, wall_s: float
 ) -> list[dict[str, Any]]:
     name = f"compiling {config.experiment}/{config.arm}/evaluate"
     with ctx.console.waiting(name, cache_folder("times") / "compile.json"):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qlab.lab import records
@@ -188,7 +189,7 @@ def _rebuild(host: list[np.ndarray], like: Any) -> Any:
     out = []
     for array, leaf in zip(host, jax.tree.leaves(like), strict=True):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            array = jax.random.wrap_key_data(np.asarray(array), impl=_impl(leaf.dtype))
+            array = jax.random.wrap_key_data(jnp.asarray(array), impl=_impl(leaf.dtype))
         sharding = getattr(leaf, "sharding", None)
         out.append(jax.device_put(array, sharding) if sharding is not None else array)
     return jax.tree.unflatten(jax.tree.structure(like), out)

@@ -14,11 +14,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict
 
 from qlab.lab.errors import UserError, nearest
+
+# A ConfigDict; its attributes can be anything, which the library's own types do not let one say.
+Config: TypeAlias = Any
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 # What may change without making another study of it: these keys stay out of the hash.
@@ -39,14 +42,14 @@ class _InOrder(ConfigDict):
         )
 
 
-def base(experiment: str, **values: Any) -> ConfigDict:
+def base(experiment: str, **values: Any) -> Config:
     """The keys every config has, with their defaults; `values` replaces or adds to them.
 
     Args:
       experiment: name of the module in experiments/ that builds the arms.
       **values: further keys; a dict becomes a nested ConfigDict.
     """
-    c = _InOrder(sort_keys=False)
+    c: Config = _InOrder(sort_keys=False)
     c.experiment = experiment
     c.seed = 0  # root of all keys; seed i of a study uses fold_in(key(seed), i)
     c.seeds = 3  # how many
@@ -73,7 +76,7 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 class Loaded(NamedTuple):
     """A config file after `load`: the config, its module, where it came from, and the variant."""
 
-    config: ConfigDict
+    config: Config
     module: ModuleType
     path: Path
     variant: str
@@ -167,7 +170,7 @@ def title(path: Path) -> str:
     return (doc or "(no docstring)").strip().splitlines()[0]
 
 
-def keys(config: ConfigDict, prefix: str = "") -> list[str]:
+def keys(config: Config, prefix: str = "") -> list[str]:
     """All dotted keys of a config, inner nodes included."""
     out = []
     for name in config:
@@ -178,26 +181,29 @@ def keys(config: ConfigDict, prefix: str = "") -> list[str]:
     return out
 
 
-def override(config: ConfigDict, key: str, value: Any) -> None:
+def override(config: Config, key: str, value: Any) -> None:
     """Sets config.<key>; a string is parsed as the type that stands there now.
 
     Raises:
       UserError: unknown key (the nearest is named), or a value of another type.
     """
-    node, parts = config, key.split(".")
-    for i, part in enumerate(parts):
-        if not isinstance(node, ConfigDict) or part not in node:
-            raise UserError(f"unknown config key {key!r}{nearest(key, keys(config))}")
-        if i < len(parts) - 1:
-            node = node[part]
-    old = node[parts[-1]]
+    *groups, name = key.split(".")
+    node: Any = config
+    for part in groups:
+        node = _child(node, part, key, config)
+    old = _child(node, name, key, config)
     if isinstance(old, ConfigDict):
         raise UserError(
             f"config key {key!r} is a group; set one of {', '.join(f'{key}.{k}' for k in old)}"
         )
-    new = _parse(key, value, old)
     with node.ignore_type():
-        node[parts[-1]] = new
+        node[name] = _parse(key, value, old)
+
+
+def _child(node: Any, name: str, key: str, config: Config) -> Any:
+    if not isinstance(node, ConfigDict) or name not in node:
+        raise UserError(f"unknown config key {key!r}{nearest(key, keys(config))}")
+    return node[name]
 
 
 def _parse(key: str, value: Any, old: Any) -> Any:
@@ -227,7 +233,7 @@ def _parse(key: str, value: Any, old: Any) -> Any:
     return value
 
 
-def arm_config(config: ConfigDict, arm: str) -> ConfigDict:
+def arm_config(config: Config, arm: str) -> Config:
     """The config of one arm: `config` with config.arms[arm] laid over it, and `arm` = its name.
 
     Raises:
@@ -235,7 +241,7 @@ def arm_config(config: ConfigDict, arm: str) -> ConfigDict:
     """
     if arm not in config.arms:
         raise UserError(f"unknown arm {arm!r}{nearest(arm, list(config.arms))}")
-    merged = ConfigDict(config.to_dict())
+    merged: Config = ConfigDict(config.to_dict())
     for key, value in _leaves(config.arms[arm]):
         override(merged, key, value)
     merged.arm = arm
@@ -243,7 +249,7 @@ def arm_config(config: ConfigDict, arm: str) -> ConfigDict:
     return merged
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name in config:
         value = config[name]
         if isinstance(value, ConfigDict):
@@ -252,12 +258,12 @@ def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def canonical(config: ConfigDict) -> str:
+def canonical(config: Config) -> str:
     """Canonical JSON of a config: sorted keys, tuples as lists."""
     return json.dumps(config.to_dict(), sort_keys=True, indent=1, default=list)
 
 
-def config_hash(config: ConfigDict) -> str:
+def config_hash(config: Config) -> str:
     """12 hex digits of the sha256 of the canonical config, less the keys that change no number."""
     d = {k: v for k, v in config.to_dict().items() if k not in UNHASHED}
     return hashlib.sha256(json.dumps(d, sort_keys=True, default=list).encode()).hexdigest()[:12]

@@ -63,7 +63,7 @@ def session(device: str = "auto", x64: bool = False) -> Iterator[str]:
         raise UserError(
             f"device {device!r} is not there, JAX already runs on {devices[0].platform}; start a new process"
         )
-    old_x64 = jax.config.jax_enable_x64
+    old_x64 = jax.config.values["jax_enable_x64"]
     jax.config.update("jax_enable_x64", x64)
     _compilation_cache()
     try:
@@ -87,7 +87,8 @@ def _compilation_cache() -> None:
     """
     import jax
 
-    if os.environ.get("QLAB_COMPILATION_CACHE") == "off" or jax.config.jax_compilation_cache_dir:
+    chosen = jax.config.values["jax_compilation_cache_dir"]
+    if chosen or os.environ.get("QLAB_COMPILATION_CACHE") == "off":
         return
     try:
         folder = cache_folder("jax")

@@ -89,7 +89,7 @@ def as_experiment(obj: Experiment | SupportsExperiment) -> Experiment:
             raise TypeError(
                 f"build() returned {type(obj).__name__} without `{name}`; see qlab.lab.experiment"
             )
-    loop = getattr(obj, "loop", "scan")
+    loop: Any = getattr(obj, "loop", "scan")
     phases = (Phase("train", int(obj.num_steps), obj.step, loop),) if obj.num_steps else ()
     return Experiment(
         init=obj.init,

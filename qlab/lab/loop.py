@@ -69,8 +69,8 @@ def shardings(num_seeds: int, layout: str) -> tuple[jax.sharding.Sharding, jax.s
 def place(carry: Carry, num_seeds: int, layout: str) -> Carry:
     """The carry on its devices, as every compiled chunk takes and returns it."""
     seeds, rest = shardings(num_seeds, layout)
-    parts = jax.device_put(tuple(carry[:4]), seeds)
-    return Carry(*parts, jax.device_put(carry.done, rest))
+    states, sums, counts, bad = jax.device_put(carry[:4], seeds)
+    return Carry(states, sums, counts, bad, jax.device_put(carry.done, rest))
 
 
 def over_seeds(f: Callable[..., Any], layout: str) -> Callable[..., Any]:
@@ -142,7 +142,8 @@ def chunk_scan(phase: Phase, layout: str) -> Callable[[Carry, jax.Array], Carry]
 
     def seed_chunk(state, sums, counts, bad, done, n):
         def body(i, c):
-            return _step_seed(phase.step, *c, done + i)
+            state, sums, counts, bad = c
+            return _step_seed(phase.step, state, sums, counts, bad, done + i)
 
         return jax.lax.fori_loop(0, n, body, (state, sums, counts, bad))
 
@@ -153,7 +154,7 @@ def chunk_scan(phase: Phase, layout: str) -> Callable[[Carry, jax.Array], Carry]
             )
         else:
             states, sums, counts, bad = jax.lax.map(
-                lambda c: seed_chunk(*c, carry.done, n), tuple(carry[:4])
+                lambda c: seed_chunk(c[0], c[1], c[2], c[3], carry.done, n), tuple(carry[:4])
             )
         # A seed that diverged keeps the state it had at the start of this chunk.
         states = _select(bad == -1, states, carry.states)
@@ -208,14 +209,16 @@ def _repeat(f: Callable[[Carry], Carry], carry: Carry, n: int) -> Carry:
 
 
 def _pick(carry: Carry, i: int) -> Carry:
-    part = jax.tree.map(lambda x: x[i : i + 1], tuple(carry[:4]))
-    return Carry(*part, jnp.copy(carry.done))
+    part = carry._replace(done=jnp.zeros(i + 1, jnp.int32))  # any array with a seed axis
+    part = jax.tree.map(lambda x: x[i : i + 1], part)
+    return part._replace(done=jnp.copy(carry.done))
 
 
 def _one_by_one(f: Callable[[Carry], Carry], carry: Carry, n: int, num_seeds: int) -> Carry:
     parts = [_repeat(f, _pick(carry, i), n) for i in range(num_seeds)]
-    joined = jax.tree.map(lambda *x: jnp.concatenate(x), *[tuple(p[:4]) for p in parts])
-    return Carry(*joined, parts[0].done)
+    done = parts[0].done
+    parts = [p._replace(done=done[None]) for p in parts]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)._replace(done=done)
 
 
 def _host(phase: Phase, carry: Carry, n: int, num_seeds: int) -> Carry:

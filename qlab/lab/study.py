@@ -16,8 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from qlab.lab import config as configs
 from qlab.lab import records, registry
 from qlab.lab.console import Console
@@ -31,7 +29,7 @@ class Plan(NamedTuple):
     """A study before anything runs. arms: to run now; the config names all of them."""
 
     loaded: configs.Loaded
-    config: ConfigDict
+    config: configs.Config
     arms: tuple[str, ...]
     workdir: Path
     config_hash: str
