@@ -7,8 +7,9 @@ A seed draws each task's log, the initial network and the minibatches; arms shar
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from qlab.lab.errors import UserError
 from qlab.lab.experiment import Claim, Experiment, Figure, Metric
@@ -38,7 +39,7 @@ AGENTS = {
 }
 
 
-def make_agent(c: ConfigDict, obs_dim: int, grid: ActionGrid) -> Agent:
+def make_agent(c: Any, obs_dim: int, grid: ActionGrid) -> Agent:
     make, names = AGENTS[c.agent]
     options = {name: c[name] for name in (*SHARED, *names.split())}
     size = {"num_levels": grid.num_levels, "num_bins": grid.num_bins}
@@ -47,7 +48,7 @@ def make_agent(c: ConfigDict, obs_dim: int, grid: ActionGrid) -> Agent:
     return agent._replace(value=None, q_value=None) if is_cloning else agent
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: Any) -> Experiment:
     c = config
     for key, given, known in (("tasks", c.tasks, TASKS), ("agent", (c.agent,), AGENTS)):
         if unknown := [x for x in given if x not in known]:

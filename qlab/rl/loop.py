@@ -40,7 +40,7 @@ class GroupState(NamedTuple):
     agent: Any
     data: Transition
     context: Any
-    score_sums: dict[str, jax.Array]
+    score_sums: dict[str, Any]
 
 
 class OfflineState(NamedTuple):

@@ -12,8 +12,9 @@ from qlab.rl.arsq import arsq
 from qlab.rl.c2f import action_grid
 from qlab.rl.cqn import cqn
 from qlab.rl.envs import coupled
-from qlab.rl.envs.tabular import policy_value, solve
+from qlab.rl.envs.tabular import joint_index, policy_value, solve
 from qlab.rl.loop import OfflineGroup, offline_rl
+from qlab.rl.rollout import episode_returns
 
 GRID = action_grid(2, 1, 3)
 
@@ -73,6 +74,30 @@ def test_steps_repeat_bit_for_bit_and_minibatches_differ():
     assert int(second.step) == 2
     assert float(metrics["loss"]) != float(later["loss"])
     assert experiment.num_steps == 2
+
+
+def test_every_update_draws_its_own_minibatch_from_the_log():
+    """An agent that only remembers the actions of its last batch."""
+    agent = small_arsq()._replace(
+        init=lambda key: jnp.zeros((8, 2)),
+        act=lambda state, key, obs, greedy=False: jnp.zeros((5, 2)),
+        update=lambda state, key, batch: (batch.action, {"loss": jnp.float32(0)}),
+    )
+    build = partial(offline_rl, [group(("chain",), agent)], batch_size=8)
+    one_by_one, in_pairs = (
+        build(num_updates=4, updates_per_step=1),
+        build(num_updates=4, updates_per_step=2),
+    )
+    state, seen = one_by_one.init(jax.random.key(0)), []
+    log = {tuple(a) for a in np.asarray(state.groups[0].data.action[0]).tolist()}
+    step = jax.jit(one_by_one.phases[0].step)
+    for _ in range(4):
+        state = step(state)[0]
+        seen.append(np.asarray(state.groups[0].agent[0]))
+        assert {tuple(a) for a in seen[-1].tolist()} <= log
+    assert len({x.tobytes() for x in seen}) == 4
+    pair = in_pairs.phases[0].step(in_pairs.init(jax.random.key(0)))[0]
+    np.testing.assert_array_equal(pair.groups[0].agent[0], seen[1])
 
 
 def test_updates_that_do_not_fill_a_step_are_refused():
@@ -138,3 +163,40 @@ def test_score_is_0_for_the_uniform_and_100_for_an_optimal_policy():
 def test_a_mix_that_is_no_distribution_is_refused(mix):
     with pytest.raises(ValueError, match="mix="):
         exact.exact_task(coupled.chain(), mix, noise=0.1, discount=0.9, grid=GRID, alpha=0.0)
+
+
+def test_errors_count_logged_pairs_only_and_read_bins_in_order():
+    """Off by 0.25 on the one logged action (bins 2, 0), by 1 on its mirror image, which is not logged."""
+    task = coupled.separable()
+    context = exact.exact_task(
+        task, (0.0, 1.0, 0.0), noise=0.0, discount=0.9, grid=GRID, alpha=0.05
+    )
+    draw = jax.jit(lambda k: coupled.draw_log(task, context.logged, k, 200, 0.9, 1.0))
+    data = draw(jax.random.key(0))
+    q = jnp.asarray(context.soft.q).at[:, 6].add(0.25).at[:, 2].add(1.0)
+    agent = small_arsq()._replace(
+        act=lambda state, key, obs, greedy=False: jnp.full((5, 2), 0.9),
+        value=lambda state, obs: context.soft.v + jnp.asarray([0.0, 0, -0.5, 0, 0]),
+        q_value=lambda state, obs, action: q[obs.argmax(-1), joint_index(action, 3)],
+    )
+    out = exact.exact_inspect(task, agent, GRID, 0.05, context, None, data, jax.random.key(0))
+    assert float(out["q_error"]) == pytest.approx(0.25, abs=1e-5)
+    assert float(out["value_error"]) == pytest.approx(0.5, abs=1e-5)
+    assert float(out["optimal_states"]) == 1.0
+    assert float(out["argmax_states"]) < 1.0
+    want = np.exp(np.float64(q) / 0.05)
+    want /= want.sum(-1, keepdims=True)
+    tv = np.abs(want - context.soft.policy).sum(-1).max() / 2
+    assert float(out["policy_tv"]) == pytest.approx(tv, abs=1e-4)
+    np.testing.assert_allclose(out["joint_q"], q[0].reshape(3, 3))
+
+
+def test_episode_returns_are_sums_inside_each_episode():
+    rng = np.random.default_rng(0)
+    reward, ends = rng.normal(size=60).astype(np.float32), rng.random(60) < 0.3
+    got = episode_returns(jnp.asarray(reward), jnp.asarray(ends), 0.8)
+    start = 0
+    for stop in [*(np.flatnonzero(ends) + 1), 60]:
+        total = sum(0.8**i * float(r) for i, r in enumerate(reward[start:stop]))
+        np.testing.assert_allclose(got[start:stop], total, atol=1e-5)
+        start = stop
