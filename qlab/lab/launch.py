@@ -27,6 +27,7 @@ from qlab.lab.errors import AllSeedsDiverged, Preempted, UserError, nearest
 from qlab.lab.signals import Stop
 
 MAX_RESUMES = 20  # of one trial that others keep stopping; then it counts as failed
+MAX_REASON = 300  # characters
 POLL_S = 0.05  # how soon the end of a process is noticed
 WAIT_S = 0.1  # how soon a signal is
 LATER = ("ray", "slurm")  # launchers that are planned
@@ -313,6 +314,7 @@ def _reason(code: int, log: Path, start: int) -> str:
     with log.open("rb") as f:
         f.seek(start)
         last = last_error(f.read().decode(errors="replace"))
+    last = last if len(last) <= MAX_REASON else f"{last[:MAX_REASON]}..."  # the log has all of it
     if code < 0:
         name = signal.Signals(-code).name
         memory = " (out of memory?)" if -code == signal.SIGKILL else ""
