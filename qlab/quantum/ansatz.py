@@ -121,9 +121,15 @@ def read_out(r: jax.Array, readout: jax.Array) -> jax.Array:
     return r
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "fixed"))
 def state_of(
-    theta, lam1, lam2, kind: str = "depol", fixed: nz.FixedErrors = nz.NO_FIXED_ERRORS, folds=None
-):
+    theta: jax.Array,
+    lam1: jax.Array,
+    lam2: jax.Array,
+    kind: str = "depol",
+    fixed: nz.FixedErrors = nz.NO_FIXED_ERRORS,
+    folds: jax.Array | None = None,
+) -> jax.Array:
     """Read-out Pauli expectations f[4^n]: noise model, circuit and detector in one call."""
     lam1, lam2 = jnp.asarray(lam1, theta.dtype), jnp.asarray(lam2, theta.dtype)
     noise = nz.gate_noise(kind, lam1, lam2, fixed)

@@ -65,10 +65,10 @@ def apply_kraus(rho: jax.Array, kraus: jax.Array, wires: tuple[int, ...], n: int
     cols = [n + w for w in wires]
 
     def one(op):
-        left = jnp.tensordot(op, legs, axes=(range(k, 2 * k), wires))
-        left = jnp.moveaxis(left, range(k), wires)
-        both = jnp.tensordot(op.conj(), left, axes=(range(k, 2 * k), cols))
-        return jnp.moveaxis(both, range(k), cols)
+        left = jnp.tensordot(op, legs, axes=(tuple(range(k, 2 * k)), wires))
+        left = jnp.moveaxis(left, tuple(range(k)), wires)
+        both = jnp.tensordot(op.conj(), left, axes=(tuple(range(k, 2 * k)), cols))
+        return jnp.moveaxis(both, tuple(range(k)), cols)
 
     return jax.vmap(one)(ops).sum(0).reshape(rho.shape)
 
@@ -105,7 +105,7 @@ class FixedErrors(NamedTuple):
 NO_FIXED_ERRORS = FixedErrors()
 T2_OVER_T1 = 0.7  # of the thermal model: a typical superconducting qubit
 
-NOISE_KINDS = ("depol", "ampdamp", "dephase", "thermal")
+NOISE_KINDS = ("depol", "ampdamp", "dephase", "thermal", "device")
 
 
 def channel(kind: str, lam: jax.Array, k: int) -> jax.Array:
@@ -113,9 +113,12 @@ def channel(kind: str, lam: jax.Array, k: int) -> jax.Array:
 
     depol: depolarizing, Qiskit's lam, on the k qubits together. The others act on each qubit alone:
     ampdamp with gamma = lam; dephase shrinks X and Y by 1 - lam; thermal relaxes for a time t with
-    1 - exp(-t / T1) = lam and T2 = 0.7 T1.
+    1 - exp(-t / T1) = lam and T2 = 0.7 T1; device is thermal and, after two-qubit gates, depol as well.
     """
     lam = jnp.asarray(lam)
+    if kind == "device":
+        thermal = channel("thermal", lam, k)
+        return thermal if k == 1 else channel("depol", lam, k) @ thermal
     if kind == "depol":
         return pt.ptm_depolarizing(lam_to_p(lam, k), k)
     if kind == "ampdamp":
@@ -133,6 +136,12 @@ def channel(kind: str, lam: jax.Array, k: int) -> jax.Array:
 def channel_kraus(kind: str, lam: jax.Array, k: int) -> jax.Array:
     """The same channels as Kraus operators c[m, 2^k, 2^k]: the reference's form."""
     lam = jnp.asarray(lam)
+    if kind == "device":
+        thermal = channel_kraus("thermal", lam, k)
+        if k == 1:
+            return thermal
+        both = jnp.einsum("aij,bjk->abik", depolarizing_kraus(lam, k), thermal)
+        return both.reshape(-1, 2**k, 2**k)
     if kind == "depol":
         return depolarizing_kraus(lam, k)
     if kind == "ampdamp":

@@ -113,8 +113,8 @@ def apply_ptm(r: jax.Array, ptm: jax.Array, wires: tuple[int, ...]) -> jax.Array
         block = r.reshape(4 ** wires[0], 4**k, -1)
         return jnp.einsum("ij,ajb->aib", ptm, block).reshape(r.shape)
     legs = r.reshape((4,) * n)
-    out = jnp.tensordot(ptm.reshape((4,) * (2 * k)), legs, axes=(range(k, 2 * k), wires))
-    return jnp.moveaxis(out, range(k), wires).reshape(r.shape)
+    out = jnp.tensordot(ptm.reshape((4,) * (2 * k)), legs, axes=(tuple(range(k, 2 * k)), wires))
+    return jnp.moveaxis(out, tuple(range(k)), wires).reshape(r.shape)
 
 
 def ptm_of_density(rho: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Variational loops: Adam by autodiff for simulators, Adam-SPSA for sampled energies, and the sampling itself."""
+"""Variational loops: Adam by autodiff for simulators, Adam-SPSA for sampled energies."""
 
 from __future__ import annotations
 
@@ -67,26 +67,6 @@ def optimise_ansatz(
     thetas, energies = jax.vmap(jax.vmap(run))(starts)
     best = energies.argmin(1)
     return jax.vmap(lambda t, b: t[b])(thetas, best), energies.min(1)
-
-
-def sample_energy(
-    key: jax.Array, expvals: jax.Array, coeffs: jax.Array, shots: jax.Array
-) -> jax.Array:
-    """An energy estimated from `shots` measurements, f[...].
-
-    Each term is measured in runs of its own: +1 or -1 with mean expvals[..., j], shots / J times (J = terms
-    with a non-zero coefficient). So Z^n has variance (1 - E^2) / shots. Shots = 0 means exact.
-
-    Args:
-      expvals: f[..., J]; coeffs: f[..., J] (0 = padding); shots: f[] or f[...].
-    """
-    shots = jnp.asarray(shots, expvals.dtype)
-    count = jnp.maximum(jnp.floor(shots / jnp.maximum((coeffs != 0).sum(-1), 1)), 1.0)[..., None]
-    probability = jnp.clip((1 + expvals) / 2, 0.0, 1.0)
-    hits = jax.random.binomial(key, jnp.broadcast_to(count, probability.shape), probability)
-    sampled = 2 * hits.astype(expvals.dtype) / count - 1
-    values = jnp.where((shots > 0)[..., None], sampled, expvals)
-    return (coeffs * values).sum(-1)
 
 
 class SPSA(NamedTuple):

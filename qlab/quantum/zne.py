@@ -225,8 +225,8 @@ def gp_zne(lams: jax.Array, energies: jax.Array, at: jax.Array = 0.0) -> Fit:  #
 # ---- by name ------------------------------------------------------------------------------------
 
 
-def estimator(name: str, num_points: int = 0) -> Callable[..., Fit]:
-    """(lams f[m], energies f[m], asymptote f[], at f[Q]) -> Fit, on the first `num_points` (0 = all).
+def estimator(name: str) -> Callable[..., Fit]:
+    """(lams f[m], energies f[m], asymptote f[], at f[Q]) -> Fit.
 
     Names: raw, linear, quadratic, cubic, richardson, exp_fixed, exp_free, exp_survival, poly_loo, gp.
     """
@@ -248,11 +248,13 @@ def estimator(name: str, num_points: int = 0) -> Callable[..., Fit]:
     }
     if name not in table:
         raise UserError(f"estimator {name!r} is unknown; one of {', '.join(table)}")
-    run = table[name]
+    return table[name]
 
-    @functools.wraps(run)
-    def on_first(lams, energies, asymptote, at):
-        count = num_points or lams.shape[0]
-        return run(lams[:count], energies[:count], asymptote, at)
 
-    return on_first
+@functools.partial(jax.jit, static_argnames="name")
+def fit_curves(
+    name: str, lams: jax.Array, energies: jax.Array, asymptote: jax.Array, at: jax.Array
+) -> Fit:
+    """An estimator by name on many curves: energies f[B, m], asymptote f[] -> value f[B, Q], ok bool[B]."""
+    fit = estimator(name)
+    return jax.vmap(lambda e: fit(lams, e, asymptote, at))(energies)

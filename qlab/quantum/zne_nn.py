@@ -10,6 +10,7 @@ noise-free value was simulated.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +85,7 @@ def _moments(values: jax.Array, on: bool) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.where(std > 1e-12, std, 1.0)
 
 
+@functools.partial(jax.jit, static_argnames=("num_curves", "hp"))
 def fit_init(key: jax.Array, num_curves: int, hp: Hyper) -> NNState:
     """Fresh nets for `num_curves` curves: N = num_curves * ensemble, curve-major."""
     keys = jax.random.split(key, num_curves * hp.ensemble)
@@ -119,6 +121,7 @@ def fit_step(
     return NNState(params, opt_state, state.step + 1), mse  # type: ignore[arg-type]
 
 
+@functools.partial(jax.jit, static_argnames="hp")
 def nn_predict(
     params: Params, lams: jax.Array, energies: jax.Array, at: jax.Array, hp: Hyper
 ) -> jax.Array:
@@ -178,18 +181,7 @@ class AmortisedHyper(NamedTuple):
     batch: int = 256
 
 
-def features(energies: jax.Array, lams: jax.Array, n: jax.Array, depth: jax.Array) -> jax.Array:
-    """f[..., 2m + 2]: the noisy values (scaled to the observable), the noise levels, n and L."""
-    shape = energies.shape
-    parts = (
-        energies,
-        jnp.broadcast_to(lams, shape),
-        jnp.broadcast_to(jnp.asarray(n, energies.dtype)[..., None], (*shape[:-1], 1)),
-        jnp.broadcast_to(jnp.asarray(depth, energies.dtype)[..., None], (*shape[:-1], 1)),
-    )
-    return jnp.concatenate(parts, -1)
-
-
+@functools.partial(jax.jit, static_argnames="hp")
 def amortised_init(key: jax.Array, train_x: jax.Array, hp: AmortisedHyper) -> Amortised:
     """A fresh net for features train_x f[B, F]."""
     params = mlp_init(key, (train_x.shape[-1], *hp.hidden, 1))
@@ -200,6 +192,7 @@ def amortised_init(key: jax.Array, train_x: jax.Array, hp: AmortisedHyper) -> Am
     return Amortised(params, opt_state, jnp.int32(0), mean, std.astype(jnp.float32))
 
 
+@functools.partial(jax.jit, static_argnames="hp")
 def amortised_predict(
     model: Amortised, x: jax.Array, raw: jax.Array, hp: AmortisedHyper
 ) -> jax.Array:

@@ -1,0 +1,12 @@
+"""Oracles need float64; every test of this folder runs with it unless it asks for float32."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
