@@ -211,6 +211,8 @@ def _parse(key: str, value: Any, old: Any) -> Any:
         text = value.strip()
         if isinstance(old, tuple | list) and text[:1] not in "([":
             text = f"({text},)"
+        if isinstance(old, float) and text.lower() in ("inf", "-inf"):
+            return float(text)
         if isinstance(old, bool):
             text = {"true": "True", "false": "False"}.get(text.lower(), text)
         try:

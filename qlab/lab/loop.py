@@ -8,6 +8,7 @@ Letters: S = seeds.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -191,8 +192,8 @@ def compile_phase(phase: Phase, carry: Carry, num_seeds: int, layout: str) -> Ru
         return Runner(lambda c, n: _host(phase, c, n, num_seeds))
     if phase.loop == "scan":
         program = _jit(chunk_scan(phase, layout), carry)
-        compiled = program.lower(carry, jnp.int32(1)).compile()
-        return Runner(lambda c, n: compiled(c, jnp.int32(n)))
+        compiled = program.lower(carry, np.int32(1)).compile()
+        return Runner(lambda c, n: compiled(c, np.int32(n)))
     if layout == "vmap" or num_seeds == 1:
         # One seed alone goes through vmap too: lax.map would put its convolutions into a loop.
         compiled = _jit(chunk_step(phase, "vmap"), carry).lower(carry).compile()
@@ -278,14 +279,23 @@ def run_phase(
             }
             window = Window(done, means)
             # A host phase has no sums between steps, so that its saved tree is always the same.
-            names = () if phase.loop == "host" else tuple(carry.sums)
-            sums, counts = ({k: _zeros(carry.sums[k]) for k in names} for _ in range(2))
+            sums, counts = ({}, {}) if phase.loop == "host" else _zeros(carry)
             carry = carry._replace(sums=sums, counts=counts)
         yield carry, window
 
 
-def _zeros(x: jax.Array) -> jax.Array:
-    return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+def _zeros(carry: Carry) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """New sums and counts, placed as the carry's; one program for all, dispatched once a window."""
+    one = next(iter(carry.sums.values()), None)
+    return ({}, {}) if one is None else _zeros_program(tuple(carry.sums), one.shape, one.sharding)()
+
+
+@functools.cache
+def _zeros_program(names: tuple[str, ...], shape: tuple[int, ...], place: Any) -> Any:
+    def zeros():
+        return tuple({n: jnp.zeros(shape, jnp.float32) for n in names} for _ in range(2))
+
+    return jax.jit(zeros, out_shardings=place)
 
 
 def compile_evaluate(

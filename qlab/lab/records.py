@@ -29,6 +29,7 @@ _DISK = {
     errno.EROFS: "the file system is read-only; give another --workdir",
     errno.EACCES: "no permission to write there; give another --workdir",
     errno.EPERM: "no permission to write there; give another --workdir",
+    errno.ENOENT: "no folder can be made there; give another --workdir",
     errno.ENOTDIR: "a part of the path is a file, not a folder; give another --workdir",
     errno.EEXIST: "a file of that name is in the way; give another --workdir",
     errno.EIO: "input/output error of the disk",

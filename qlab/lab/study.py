@@ -7,6 +7,7 @@ import datetime
 import html
 import importlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -223,6 +224,10 @@ def _run_arms(
         "commit": commit,
         "versions": devices.versions(),
         "device": device_name,
+        # XLA on a CPU splits reductions over its threads: equal bits need an equal number of cores.
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "deterministic": deterministic,
         "started": manifest.get("started") or _now(),
         "command": command,

@@ -48,6 +48,7 @@ def test_errors_name_what_where_and_the_remedy(toy):
         ("steps", "7", 7),
         ("lr", "1e-3", 1e-3),
         ("lr", "1", 1.0),
+        ("lr", "inf", float("inf")),
         ("half", "true", True),
         ("half", "False", False),
         ("widths", "8,8,8", (8, 8, 8)),

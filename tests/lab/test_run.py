@@ -239,6 +239,7 @@ class TestMistakes:
             (["--config", "toy.py", "--seeds", "0"], "seeds=0 runs nothing"),
             (["--config", "toy.py", "--device", "quantum"], "unknown device 'quantum'"),
             (["--config", "toy.py", "--workdir", "toy.py/x"], "not a folder"),
+            (["--config", "toy.py", "--workdir", "/proc/x"], "cannot write /proc/x"),
         ],
     )
     def test_one_line(self, toy, capsys, args, words):
