@@ -7,7 +7,7 @@ within one process they are computed once and shared. Errors are in units of sum
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,18 +65,6 @@ FIGURES = (
 )  # fmt: skip
 
 
-class NetState(NamedTuple):
-    curves: zne_study.Curves
-    nets: zne_nn.NNState
-
-
-class AmortisedState(NamedTuple):
-    curves: zne_study.Curves
-    training: zne_study.Training
-    model: zne_nn.Amortised
-    key: jax.Array
-
-
 def study_spec(c: Any) -> zne_study.StudySpec:
     """The part of the config that decides the data."""
     return zne_study.StudySpec(
@@ -111,16 +99,17 @@ def build(config: Any) -> Experiment:
 
         def init(key):
             curves = zne_study.curves_of(key, spec)
-            return NetState(curves, zne_nn.fit_init(key, curves.ideal.size, hp))
+            return curves, zne_nn.fit_init(key, curves.ideal.size, hp)
 
         def step(state):
-            nets, mse = zne_nn.fit_step(state.nets, lams, flat(state.curves), hp)
-            return state._replace(nets=nets), {"loss": mse}
+            curves, nets = state
+            nets, mse = zne_nn.fit_step(nets, lams, flat(curves), hp)
+            return (curves, nets), {"loss": mse}
 
         def evaluate(state):
-            out = zne_nn.nn_predict(state.nets.params, lams, flat(state.curves), grid, hp)
-            spread = {"net_spread": jnp.median(out[..., 0].std(1))}
-            return results(state.curves, out.mean(1)) | spread
+            curves, nets = state
+            out = zne_nn.nn_predict(nets.params, lams, flat(curves), grid, hp)
+            return results(curves, out.mean(1)) | {"net_spread": jnp.median(out[..., 0].std(1))}
 
         return Experiment(init, evaluate, (Phase("fit the nets", hp.steps, step),), jittable=False)
 
@@ -132,19 +121,18 @@ def build(config: Any) -> Experiment:
         def init_net(key):
             data = zne_study.make_training(key, lab, am.num_circuits, am.depths)
             model = zne_nn.amortised_init(jax.random.fold_in(key, 3), data.features, hp2)
-            curves = zne_study.curves_of(key, spec)
-            return AmortisedState(curves, data, model, jax.random.fold_in(key, 4))
+            return zne_study.curves_of(key, spec), data, model, jax.random.fold_in(key, 4)
 
         def step_net(state):
-            model, loss = zne_nn.amortised_step(state.model, state.key, *state.training, hp2)
-            return state._replace(model=model), {"loss": loss}
+            curves, data, model, key = state
+            batch = data.features, data.raw, data.target
+            model, loss = zne_nn.amortised_step(model, key, *batch, hp2)
+            return (curves, data, model, key), {"loss": loss}
 
         def evaluate_net(state):
-            x = zne_study.curve_features(state.curves, spec)
-            raw = state.curves.energies[..., 0].reshape(-1)
-            return results(
-                state.curves, zne_nn.amortised_predict(state.model, x, raw, hp2)[:, None]
-            )
+            curves, _, model, _ = state
+            x, raw = zne_study.curve_features(curves, spec), curves.energies[..., 0].reshape(-1)
+            return results(curves, zne_nn.amortised_predict(model, x, raw, hp2)[:, None])
 
         phase = Phase("train the net", am.steps, step_net)
         return Experiment(init_net, evaluate_net, (phase,), jittable=False)

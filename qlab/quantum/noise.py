@@ -127,7 +127,7 @@ def channel(kind: str, lam: jax.Array, k: int) -> jax.Array:
     elif kind == "dephase":
         one = jnp.diag(jnp.stack([jnp.ones_like(lam), 1 - lam, 1 - lam, jnp.ones_like(lam)]))
     elif kind == "thermal":
-        one = pt.ptm_thermal(-jnp.log1p(-lam), 1.0, T2_OVER_T1)
+        one = pt.ptm_thermal(-jnp.log1p(-lam), jnp.ones_like(lam), T2_OVER_T1 * jnp.ones_like(lam))
     else:
         raise UserError(f"noise {kind!r} is unknown{nearest(kind, NOISE_KINDS)}")
     return one if k == 1 else jnp.kron(one, one)

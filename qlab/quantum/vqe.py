@@ -32,7 +32,7 @@ def minimise(
     def body(carry, _):
         theta, opt_state = carry
         updates, opt_state = tx.update(jax.grad(energy)(theta), opt_state)
-        return (optax.apply_updates(theta, updates), opt_state), None
+        return (theta + updates, opt_state), None
 
     (theta, _), _ = jax.lax.scan(body, (theta, tx.init(theta)), None, length=steps)
     return theta, energy(theta)

@@ -85,11 +85,14 @@ def _moments(values: jax.Array, on: bool) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.where(std > 1e-12, std, 1.0)
 
 
-@functools.partial(jax.jit, static_argnames=("num_curves", "hp"))
+@functools.partial(jax.jit, static_argnames=("num_nets", "sizes"))
+def _fresh_nets(key: jax.Array, num_nets: int, sizes: tuple[int, ...]) -> Params:
+    return jax.vmap(lambda k: mlp_init(k, sizes))(jax.random.split(key, num_nets))
+
+
 def fit_init(key: jax.Array, num_curves: int, hp: Hyper) -> NNState:
     """Fresh nets for `num_curves` curves: N = num_curves * ensemble, curve-major."""
-    keys = jax.random.split(key, num_curves * hp.ensemble)
-    params = jax.vmap(lambda k: mlp_init(k, (1, *hp.hidden, 1)))(keys)
+    params = _fresh_nets(key, num_curves * hp.ensemble, (1, *hp.hidden, 1))
     return NNState(params, optax.adam(hp.learning_rate).init(params), jnp.int32(0))
 
 

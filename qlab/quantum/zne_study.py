@@ -271,15 +271,15 @@ def make_curves(key: jax.Array, spec: StudySpec) -> Curves:
 
 
 @functools.lru_cache(maxsize=32)
-def _cached(spec: StudySpec, seed: tuple[int, ...], x64: bool) -> Curves:
-    del x64  # part of the name under which the result is kept
+def _cached(spec: StudySpec, seed: tuple[int, ...], dtype: str) -> Curves:
+    del dtype  # part of the name under which the result is kept
     return make_curves(jax.random.wrap_key_data(jnp.array(seed, jnp.uint32)), spec)
 
 
 def curves_of(key: jax.Array, spec: StudySpec) -> Curves:
     """`make_curves`, kept for the next arm of the same process: it depends on (key, spec) alone."""
     seed = tuple(int(k) for k in jax.random.key_data(key))
-    return _cached(spec, seed, bool(jax.config.jax_enable_x64))
+    return _cached(spec, seed, str(jnp.zeros(()).dtype))
 
 
 def amortised_features(
