@@ -96,12 +96,20 @@ def _push_new(p, heuristic, plan: Plan, w: Work, words, g, node, new, weight) ->
         # Once full, the next piece overwrites from where it was: the result is void anyway.
         queue = queue._replace(rows=jnp.minimum(queue.rows, plan.max_rows))
         status = jnp.where(nan, P.BAD_HEURISTIC, status)
-        return queue, status, generated + extra, inputs + count, jnp.maximum(max_open, queue.num_open)
+        return (
+            queue,
+            status,
+            generated + extra,
+            inputs + count,
+            jnp.maximum(max_open, queue.num_open),
+        )
 
     carry = (w.queue, w.status, w.generated, w.inputs, w.max_open)
     carry = jax.lax.fori_loop(0, -(-total // e), piece, carry)
     queue, status, generated, inputs, max_open = carry
-    return w._replace(queue=queue, status=status, generated=generated, inputs=inputs, max_open=max_open)
+    return w._replace(
+        queue=queue, status=status, generated=generated, inputs=inputs, max_open=max_open
+    )
 
 
 def _iteration(p: Problem, heuristic, plan: Plan, weight, node_limit, w: Work) -> Work:
@@ -110,7 +118,8 @@ def _iteration(p: Problem, heuristic, plan: Plan, weight, node_limit, w: Work) -
     row, action = entry // plan.queue.width, entry % plan.queue.width
     parent, g = queue.node[row], queue.levels_g[0][row]
     words = w.table.words[parent]
-    parent, g, words = pin((parent, g, words), queue.rows)
+    stale = g > w.table.g[parent] if plan.prune_stale else ~valid
+    parent, g, words, stale = pin((parent, g, words, stale), queue.rows)
     found = valid.any()
     status = jnp.where(found, w.status, jnp.where(w.upper < INF, P.SOLVED, P.EXHAUSTED))
     lower = jnp.where(found, jnp.maximum(w.lower, jnp.where(valid, f, INF).min()), w.lower)
@@ -127,7 +136,7 @@ def _iteration(p: Problem, heuristic, plan: Plan, weight, node_limit, w: Work) -
             logged=w.logged + jnp.sum(valid, dtype=jnp.int32),
         )
     if plan.prune_stale:
-        valid &= g <= w.table.g[parent]
+        valid &= ~stale
     if not edges and plan.stop == "first":
         w, stop = _note_goals(p, plan, w, words, parent, g, valid)
         status = jnp.where((status == P.RUNNING) & stop, P.SOLVED, status)
@@ -213,7 +222,9 @@ def new_work(plan: Plan) -> Work:
     )
 
 
-def run(p: Problem, plan: Plan, heuristic, weight, node_limit, w: Work, start) -> tuple[Work, SearchResult]:
+def run(
+    p: Problem, plan: Plan, heuristic, weight, node_limit, w: Work, start
+) -> tuple[Work, SearchResult]:
     """One search in the arrays of `w`, whatever an earlier search left in them."""
     zero = jnp.int32(0)
     table = table_clear(w.table)
@@ -224,7 +235,9 @@ def run(p: Problem, plan: Plan, heuristic, weight, node_limit, w: Work, start) -
     at_goal = p.is_goal(start)
     w = w._replace(
         table=table,
-        queue=w.queue._replace(rows=zero, num_open=zero),
+        queue=w.queue._replace(
+            rows=jnp.minimum(w.queue.rows, 0), num_open=zero
+        ),  # 0; see table_clear
         status=jnp.where(at_goal, P.SOLVED, P.RUNNING).astype(jnp.int32),
         generated=zero,
         inputs=zero,
@@ -346,5 +359,7 @@ def trace(
     del key
     starts = jnp.asarray(starts)
     plan = make_plan(problem, jax.ShapeDtypeStruct(starts.shape[1:], starts.dtype), mode, **options)
-    limit = jnp.minimum(jnp.asarray(node_limit, jnp.int32), 2**31 - 1 - 2 * plan.slack * problem.num_actions)
+    limit = jnp.minimum(
+        jnp.asarray(node_limit, jnp.int32), 2**31 - 1 - 2 * plan.slack * problem.num_actions
+    )
     return _search_all(problem, plan, heuristic, starts, jnp.float32(weight), limit)

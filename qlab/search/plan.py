@@ -110,7 +110,9 @@ def make_plan(
         prune_stale=prune_stale, record=record, state=state, queue=shape,
     )  # fmt: skip
     if shape.sizes[0] >= 2**31 or max_nodes + slack >= 2**29:
-        raise ValueError(f"indices are 32 bits wide: lower max_nodes={max_nodes} or max_rows={max_rows}")
+        raise ValueError(
+            f"indices are 32 bits wide: lower max_nodes={max_nodes} or max_rows={max_rows}"
+        )
     if plan.bytes > max_bytes:
         raise ValueError(
             f"this search would take {plan.describe()}, more than max_bytes={max_bytes}: "

@@ -133,9 +133,9 @@ def with_macros(
     words = macro_words(
         problem.num_actions, depth, undo=undo if dedup else None, commute=commute and dedup
     )
-    table = jnp.asarray(words)
 
     def run(s, a):
+        table = jnp.asarray(words)
         total = jnp.float32(0)
         for i in range(depth):
             base = table[a, i]

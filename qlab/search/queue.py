@@ -141,7 +141,9 @@ def select(f: jax.Array, g: jax.Array, k: int, lifo: bool) -> tuple[jax.Array, j
     return i.astype(jnp.int32), jnp.arange(k) < jnp.sum(chosen, dtype=jnp.int32)
 
 
-def _refresh(q: Queue, shape: Shape, level: int, f: jax.Array, g: jax.Array | None, first: jax.Array):
+def _refresh(
+    q: Queue, shape: Shape, level: int, f: jax.Array, g: jax.Array | None, first: jax.Array
+):
     """(min f, its largest g) of blocks; f: f32[b, c] read at level, `first` i32[b] their first index."""
     c = shape.fanouts[level]
     live = first[:, None] + jnp.arange(c) < _used(q, shape, level)
@@ -171,13 +173,17 @@ def pop(q: Queue, shape: Shape, k: int, lifo: bool):
         f = q.levels_f[level].reshape(-1, c)[at]
         f = jnp.where(exists[:, None] & (index < _used(q, shape, level)), f, INF)
         g = _g_of(q, shape, level)
-        g = jnp.broadcast_to(q.levels_g[0][at][:, None], f.shape) if g is None else g.reshape(-1, c)[at]
+        g = (
+            jnp.broadcast_to(q.levels_g[0][at][:, None], f.shape)
+            if g is None
+            else g.reshape(-1, c)[at]
+        )
         pick, exists = select(f.ravel(), g.ravel(), min(k, f.size), lifo)
         at, exists = pin((index.ravel()[pick], exists), q.rows)
     if at.shape[0] < k:
         pad = k - at.shape[0]
         at, exists = jnp.pad(at, (0, pad)), jnp.pad(exists, (0, pad))
-    values = pin(jnp.where(exists, q.levels_f[0][at], INF), q.rows)
+    values, exists = pin((jnp.where(exists, q.levels_f[0][at], INF), exists), q.rows)
     levels_f, levels_g = list(q.levels_f), list(q.levels_g)
     levels_f[0] = levels_f[0].at[jnp.where(exists, at, shape.sizes[0])].set(INF, mode="drop")
     up = at

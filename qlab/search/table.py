@@ -115,8 +115,13 @@ def table_clear(t: Table) -> Table:
     """
     rows = t.words.shape[0]
     low = t.base < -(2**31) + 3 * rows
-    slots = jax.lax.fori_loop(0, low.astype(jnp.int32), lambda _, s: jnp.full_like(s, _EMPTY), t.slots)
-    return t._replace(slots=slots, base=jnp.where(low, 0, t.base - rows), size=jnp.int32(0))
+    slots = jax.lax.fori_loop(
+        0, low.astype(jnp.int32), lambda _, s: jnp.full_like(s, _EMPTY), t.slots
+    )
+    # min(size, 0) and not a constant 0: `pin` must not know.
+    return t._replace(
+        slots=slots, base=jnp.where(low, 0, t.base - rows), size=jnp.minimum(t.size, 0)
+    )
 
 
 def _slot(t: Table, h: jax.Array, step: jax.Array, probe: jax.Array) -> jax.Array:
@@ -196,13 +201,13 @@ def insert(t: Table, words: jax.Array, valid: jax.Array) -> tuple[Table, jax.Arr
     node = jnp.where(place >= 0, t.size + rank[jnp.maximum(place, 0)], node)
     slots = slots.at[jnp.where(is_new, at, num_slots)].set(t.base + node, mode="drop")
     (order,) = jnp.nonzero(is_new, size=k, fill_value=0)
-    words, node, is_new = pin((words[order], node, is_new), t.size)
+    words, node, is_new, size = pin((words[order], node, is_new, t.size), t.size)
     put = jax.lax.dynamic_update_slice
     table = t._replace(
         slots=slots,
-        words=put(stored, words, (t.size, 0)),
-        g=put(t.g, jnp.full(k, jnp.inf), (t.size,)),
-        size=t.size + count,
+        words=put(stored, words, (size, 0)),
+        g=put(t.g, jnp.full(k, jnp.inf), (size,)),
+        size=size + count,
     )
     return table, node, is_new
 

@@ -1,0 +1,130 @@
+"""Domains by name, each with what training and measuring need beside the problem itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlab.search.domains import lights_out, sliding
+from qlab.search.problem import Problem
+
+
+class Domain(NamedTuple):
+    """
+    Attributes:
+      problem: with macro-actions of up to the asked depth, each at cost 1.
+      scramble: (key, k: i32[], k_max) -> the goal after k random base moves.
+      distance: states [N, ...] -> f32[N], exact cost-to-go; None where no table fits.
+      instances: (seed, n) -> n fixed start states, not the goal.
+      admissible: f32[m] -> h weights: h = admissible . enc + offset never overestimates.
+      offset: the constant of that heuristic.
+      num_states: how many can be reached, None if too many to list.
+    """
+
+    name: str
+    problem: Problem
+    scramble: Callable[[jax.Array, jax.Array, int], jax.Array]
+    distance: Callable[[jax.Array], jax.Array] | None
+    instances: Callable[[int, int], np.ndarray]
+    admissible: np.ndarray
+    offset: float
+    num_states: int | None
+
+
+@functools.cache
+def domain(name: str, macro_depth: int = 1, dedup: bool = True) -> Domain:
+    """ "puzzle8", "puzzle15" or "lightsout<n>" with macro-actions of up to `macro_depth` base moves.
+
+    A macro covers at most `macro_depth` base moves and every way of that many is one (up to moves that
+    cancel), so exact macro distances are those of the base domain divided, rounded up.
+
+    >>> d = domain("lightsout4", 2)
+    >>> d.problem.num_actions, d.distance(jnp.zeros((1, 16), jnp.uint8)).tolist()
+    (136, [0.0])
+    """
+    if name in ("puzzle8", "puzzle15"):
+        return _sliding(name, 3 if name == "puzzle8" else 4, macro_depth, dedup)
+    if name.startswith("lightsout") and name[9:].isdigit():
+        return _lights_out(name, int(name[9:]), macro_depth, dedup)
+    raise ValueError(f"domain {name!r}: use puzzle8, puzzle15 or lightsout<n>, e.g. lightsout4")
+
+
+def _sliding(name: str, n: int, depth: int, dedup: bool) -> Domain:
+    distance = None
+    if n == 3:
+        table = np.maximum(-(-sliding.distances()[0].astype(np.int32) // depth), 0).astype(
+            np.float32
+        )
+
+        def distance(states):
+            return jnp.asarray(table)[jax.vmap(sliding.rank)(states)]
+
+    def instances(seed: int, count: int) -> np.ndarray:
+        if n == 3:  # uniform over all states but the goal, which comes first
+            states = sliding.distances()[1][1:]
+            return states[np.random.default_rng(seed).choice(len(states), count, replace=False)]
+        keys = jax.random.split(jax.random.key(seed), count)
+        k = 400 + jnp.arange(count) % 2  # both parities
+        return np.asarray(jax.vmap(lambda key, k: sliding.scramble(key, n, k, 401))(keys, k))
+
+    return Domain(
+        name=name,
+        problem=sliding.sliding(n, depth, dedup),
+        scramble=lambda key, k, k_max: sliding.scramble(key, n, k, k_max),
+        distance=distance,
+        instances=instances,
+        admissible=sliding.manhattan(n) / depth,
+        offset=0.0,
+        num_states=181440 if n == 3 else None,
+    )
+
+
+def _lights_out(name: str, n: int, depth: int, dedup: bool) -> Domain:
+    distance = None
+    if n <= 4:
+        table = np.maximum(-(-lights_out.distances(n)[0].astype(np.int32) // depth), 0)
+
+        def distance(states):
+            return jnp.asarray(table, jnp.float32)[jax.vmap(lights_out.rank)(states)]
+
+    def instances(seed: int, count: int) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        states = rng.integers(0, 2, (4 * count, n * n)) @ lights_out.masks(n) % 2
+        return states[states.any(1)][:count].astype(np.uint8)
+
+    return Domain(
+        name=name,
+        problem=lights_out.lights_out(n, depth, dedup),
+        scramble=lambda key, k, k_max: lights_out.scramble(key, n, k, k_max),
+        distance=distance,
+        instances=instances,
+        # Lit cells / 5 / depth: a press flips at most five; the encoding is -1 or 1 a cell.
+        admissible=np.full(n * n, 0.5 / (5 * depth), np.float32),
+        offset=0.5 * n * n / (5 * depth),
+        num_states=2 ** (n * n - len(lights_out.kernel(n))) if n <= 5 else None,
+    )
+
+
+def exact(d: Domain, kind: str) -> tuple[Problem, jax.tree_util.Partial]:
+    """The problem and the exact heuristic "h" or "q" by table, whose encoding is the state itself."""
+    p, distance = d.problem, d.distance
+    if distance is None:
+        raise ValueError(f"{d.name} has no exact distances")
+    goal = d.scramble(jax.random.key(0), jnp.int32(0), 1)
+
+    def h(_, enc):
+        return distance(enc.astype(goal.dtype))
+
+    def q(_, enc):
+        s, a = enc.astype(goal.dtype), jnp.arange(p.num_actions)
+        after = jax.vmap(jax.vmap(p.next_state, (None, 0)), (0, None))(s, a)
+        cost = jax.vmap(jax.vmap(p.cost, (None, 0)), (0, None))(s, a)
+        return cost + distance(after.reshape(-1, *goal.shape)).reshape(cost.shape)
+
+    problem = p._replace(encode=lambda s: s.astype(jnp.float32))
+    return problem, jax.tree_util.Partial(h if kind == "h" else q, ())

@@ -10,11 +10,11 @@ from qlab.search.problem import Problem
 
 def table_problem(next_vertex: np.ndarray, costs: np.ndarray, goals: np.ndarray) -> Problem:
     """next_vertex i32[V, A], costs f32[V, A] (> 0), goals bool[V]; the encoding is the vertex number."""
-    to, cost, goal = jnp.asarray(next_vertex, jnp.int32), jnp.asarray(costs, jnp.float32), jnp.asarray(goals)
+    to, cost = np.asarray(next_vertex, np.int32), np.asarray(costs, np.float32)
     return Problem(
-        next_state=lambda s, a: to[s[0], a][None],
-        cost=lambda s, a: cost[s[0], a],
-        is_goal=lambda s: goal[s[0]],
+        next_state=lambda s, a: jnp.asarray(to)[s[0], a][None],
+        cost=lambda s, a: jnp.asarray(cost)[s[0], a],
+        is_goal=lambda s: jnp.asarray(goals)[s[0]],
         encode=lambda s: s.astype(jnp.float32),
         num_actions=next_vertex.shape[1],
     )

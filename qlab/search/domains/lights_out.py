@@ -31,10 +31,9 @@ def lights_out(n: int, macro_depth: int = 1, dedup: bool = True) -> Problem:
     >>> [lights_out(4, d).num_actions for d in (1, 2, 3)]
     [16, 136, 696]
     """
-    with jax.ensure_compile_time_eval():
-        flips = jnp.asarray(masks(n))
+    flips = masks(n)
     base = Problem(
-        next_state=lambda s, a: s ^ flips[a],
+        next_state=lambda s, a: s ^ jnp.asarray(flips)[a],
         cost=lambda s, a: jnp.float32(1),
         is_goal=lambda s: (s == 0).all(),
         encode=lambda s: 2.0 * s.astype(jnp.float32) - 1.0,
@@ -47,7 +46,9 @@ def scramble(key: jax.Array, n: int, k: jax.Array, k_max: int) -> jax.Array:
     """The goal after k <= k_max random presses: u8[n * n]."""
     cells = jax.random.randint(key, (k_max,), 0, n * n)
     pressed = jax.nn.one_hot(cells, n * n, dtype=jnp.float32) * (jnp.arange(k_max) < k)[:, None]
-    return (pressed.sum(0) @ jnp.asarray(masks(n), jnp.float32)).astype(jnp.int32).astype(jnp.uint8) % 2
+    return (pressed.sum(0) @ jnp.asarray(masks(n), jnp.float32)).astype(jnp.int32).astype(
+        jnp.uint8
+    ) % 2
 
 
 def rank(s: jax.Array) -> jax.Array:
@@ -73,7 +74,9 @@ def kernel(n: int) -> np.ndarray:
 def solve(states: np.ndarray, n: int) -> np.ndarray:
     """Fewest presses for each state u8[N, n * n]: i32[N], -1 if it cannot be solved."""
     m = n * n
-    a = np.concatenate([masks(n), states.T.astype(np.uint8)], 1)  # one elimination for all right sides
+    a = np.concatenate(
+        [masks(n), states.T.astype(np.uint8)], 1
+    )  # one elimination for all right sides
     pivot_cols: list[int] = []
     for col in range(m):
         done = len(pivot_cols)
@@ -90,7 +93,11 @@ def solve(states: np.ndarray, n: int) -> np.ndarray:
     basis = kernel(n)
     best = np.full(states.shape[0], m + 1)
     for coefficients in itertools.product((0, 1), repeat=len(basis)):
-        shift = (np.asarray(coefficients, np.uint8) @ basis) % 2 if len(basis) else np.zeros(m, np.uint8)
+        shift = (
+            (np.asarray(coefficients, np.uint8) @ basis) % 2
+            if len(basis)
+            else np.zeros(m, np.uint8)
+        )
         best = np.minimum(best, (x ^ shift[:, None].astype(np.uint8)).sum(0, dtype=np.int64))
     return np.where(solvable, best, -1).astype(np.int32)
 

@@ -43,14 +43,14 @@ def sliding(n: int, macro_depth: int = 1, dedup: bool = True) -> Problem:
     [1, 2, 3, 4, 5, 0, 7, 8, 6]
     """
     cells = np.arange(n * n, dtype=np.int32)
-    weights = jnp.asarray(np.arange(n * n, dtype=np.uint8))
-    targets = jnp.asarray(_targets(n))
+    weights = cells.astype(np.uint8)
+    table = _targets(n)
     goal = np.asarray((cells + 1) % (n * n), np.uint8)
 
     def next_state(s, a):
         # Masks and sums instead of gathers: they vectorise over a batch.
         at = jnp.sum(jnp.where(s == 0, weights, 0), dtype=jnp.uint8).astype(jnp.int32)
-        to = targets[at, a]
+        to = jnp.asarray(table)[at, a]
         tile = jnp.sum(jnp.where(cells == to, s, 0), dtype=jnp.uint8)
         return jnp.where(cells == to, 0, jnp.where(cells == at, tile, s)).astype(jnp.uint8)
 
@@ -77,13 +77,12 @@ def scramble(key: jax.Array, n: int, k: jax.Array, k_max: int) -> jax.Array:
 
 
 @functools.cache
-def manhattan(n: int) -> jax.Array:
+def manhattan(n: int) -> np.ndarray:
     """f32[n^2 * n^2]: dotted with the one-hot encoding it gives the sum of the tiles' distances."""
     d = np.zeros((n * n, n * n), np.float32)
     for cell, tile in itertools.product(range(n * n), range(1, n * n)):
         d[cell, tile] = abs(cell // n - (tile - 1) // n) + abs(cell % n - (tile - 1) % n)
-    with jax.ensure_compile_time_eval():
-        return jnp.asarray(d.ravel())
+    return d.ravel()
 
 
 def rank(s: jax.Array) -> jax.Array:
