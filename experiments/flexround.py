@@ -10,7 +10,8 @@ from qlab.lab.experiment import Claim, Experiment, Figure, Metric
 from qlab.nn import zoo
 from qlab.nn.chain import inject_outliers
 from qlab.quantization import adaquant, adaround, flexround, lrq, methods
-from qlab.quantization.post_training import Task, post_training
+from qlab.quantization.post_training import post_training
+from qlab.quantization.tasks import Task
 
 PAPER = "Lee et al., ICML 2023"
 CELLS = tuple(
@@ -110,7 +111,7 @@ def method(c) -> methods.Method:
     if c.method == "rtn":
         return methods.nearest()
     if c.method == "gptq":
-        return methods.gptq(damp=c.damp, act_order=c.act_order, target=c.target)
+        return methods.gptq(damp=c.damp, act_order=c.act_order)
     rule = {
         "adaround": lambda: adaround(reg_weight=c.reg_weight),
         "adaquant": lambda: adaquant(learn_s1=c.learn_s1),

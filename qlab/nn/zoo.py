@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,8 @@ def _write(path: Path, params) -> None:
     handle, beside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as f:
-            np.savez(f, sha256=_sum(leaves), **{str(i): a for i, a in enumerate(leaves)})
+            arrays: dict[str, Any] = {str(i): a for i, a in enumerate(leaves)}
+            np.savez(f, sha256=_sum(leaves), **arrays)
         os.replace(beside, path)
     except BaseException:
         Path(beside).unlink(missing_ok=True)

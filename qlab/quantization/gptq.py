@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from qlab.quantization.qtensor import expand, round_ties
+from qlab.quantization.qtensor import Ties, expand, round_ties
 
 LADDER = 4  # dampings tried: damp times 1, 10, 100, 1000
 
@@ -22,7 +23,7 @@ class HessianState(NamedTuple):
 
 def hessian_init(width: int) -> HessianState:
     """Nothing seen yet; float64 where x64 is on."""
-    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    dtype = jnp.zeros(()).dtype  # f64 where x64 is on
     return HessianState(jnp.zeros((width, width), dtype), jnp.zeros((), dtype))
 
 
@@ -82,7 +83,9 @@ def inverse_factor(h: jax.Array, damp) -> tuple[jax.Array, jax.Array]:
     return u, jnp.where(jnp.isfinite(u).all(), rung, LADDER)
 
 
-def gptq_solve(w, h, scale, offset, q_min, q_max, *, perm=None, damp=0.01, ties="half_even"):
+def gptq_solve(
+    w, h, scale, offset, q_min, q_max, *, perm=None, damp=0.01, ties: Ties = "half_even"
+):
     """(codes, rung): `gptq_round` with the rung of the damping ladder, 0 if the first one held."""
     w = w.astype(h.dtype)
     scale, offset = (jnp.broadcast_to(expand(a, w.shape), w.shape) for a in (scale, offset))
@@ -104,7 +107,9 @@ def gptq_solve(w, h, scale, offset, q_min, q_max, *, perm=None, damp=0.01, ties=
     return (codes if perm is None else codes[:, jnp.argsort(perm)]), rung
 
 
-def gptq_round(w, h, scale, offset, q_min, q_max, *, perm=None, damp=0.01, ties="half_even"):
+def gptq_round(
+    w, h, scale, offset, q_min, q_max, *, perm=None, damp=0.01, ties: Ties = "half_even"
+):
     """i32[out, in] codes q with scale * q + offset near w in the norm of h, one column after another.
 
     Args:
@@ -121,7 +126,7 @@ def gptq_round(w, h, scale, offset, q_min, q_max, *, perm=None, damp=0.01, ties=
     [[1, 0]]
     """
     codes, rung = gptq_solve(w, h, scale, offset, q_min, q_max, perm=perm, damp=damp, ties=ties)
-    if not isinstance(rung, jax.core.Tracer) and int(rung) >= (1 if damp == 0 else LADDER):
+    if not isinstance(rung, Tracer) and int(rung) >= (1 if damp == 0 else LADDER):
         raise ValueError(
             f"the Hessian ({h.shape[0]} inputs) is singular with damp={damp}; use a larger damp or more samples"
         )
@@ -132,8 +137,7 @@ def fp_target(w, c, h, damp=0.01) -> jax.Array:
     """W* = W C H^-1: the weights that on quantized-prefix inputs best give W's output on float inputs.
 
     min over W* of E |W* x_q - W x_fp|^2, with C = E[x_fp x_q^T] and H = E[x_q x_q^T], both damped by
-    the same multiple of the identity, so that W* = W where the prefix is exact.
+    the same multiple of the identity: W + W (C - H) (H + damping)^-1, so W* = W where the prefix is exact.
     """
-    u, rung = inverse_factor(h, damp)
-    lam = damping(h, damp) * 10.0**rung * jnp.eye(h.shape[0], dtype=h.dtype)
-    return (w.astype(h.dtype) @ (c + lam)) @ (u.T @ u)
+    u, _ = inverse_factor(h, damp)
+    return w + (w.astype(h.dtype) @ (c - h)) @ (u.T @ u)

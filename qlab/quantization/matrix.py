@@ -28,10 +28,10 @@ from qlab.quantization.rounding import RoundingRule, rtn
 
 # method -> (rule, learning rate of Adam); closed forms stand without a rule
 RULES = {
-    "adaround": (adaround, 1e-2),
-    "adaquant": (adaquant, 3e-3),
-    "flexround": (flexround, 1e-2),
-    "lrq": (lrq, 1e-2),
+    "adaround": (adaround, 3e-2),
+    "adaquant": (adaquant, 3e-2),
+    "flexround": (flexround, 3e-2),
+    "lrq": (lrq, 3e-2),
 }
 METHODS = ("rtn", "gptq", *RULES)
 

@@ -94,9 +94,11 @@ def learned(
             return squared_error(y_hat, y, reduction) + sum(rule.reg(a, t) for a in v)
 
         num = num_iters // rounds
+        v, opt_state = carry
         v, opt_state, losses = reconstruct_steps(
             loss_fn,
-            *carry,
+            v,
+            opt_state,
             (unit.x_q, unit.x_fp, unit.y),
             optimizer,
             key,
@@ -131,12 +133,14 @@ def nearest() -> Method:
     return Method(1, lambda w, grid, key: (), round_, hard)
 
 
-def gptq(*, damp: float = 0.01, act_order: bool = True, target: str = "fp") -> Method:
-    """GPTQ on the layer's inputs behind the quantized prefix; target "fp" rounds W* instead of W.
+def gptq(*, damp: float = 0.01, act_order: bool = True) -> Method:
+    """GPTQ on the layer's inputs behind the quantized prefix, of W* (see `fp_target`) instead of W.
+
+    With target "same" the float inputs of the unit are those inputs, and W* is W: plain GPTQ.
 
     Args:
       damp: share of the mean diagonal that is added to the Hessian. act_order: columns by
-        descending diagonal. target: "fp" or "same", which must be the comparison's own.
+        descending diagonal.
     """
 
     def hard(carry, unit):
@@ -145,8 +149,7 @@ def gptq(*, damp: float = 0.01, act_order: bool = True, target: str = "fp") -> M
         x_q, x_fp = (x.reshape(-1, x.shape[-1]) for x in (unit.x_q, unit.x_fp))
         empty = hessian_init(w.shape[1])
         h = hessian_update(empty, x_q).mean
-        if target == "fp":
-            w = fp_target(w, hessian_update(empty, x_q, left=x_fp).mean, h, damp)
+        w = fp_target(w, hessian_update(empty, x_q, left=x_fp).mean, h, damp)
         offset = jnp.zeros_like(grid.scale) if grid.zero is None else -grid.scale * grid.zero
         perm = jnp.argsort(-jnp.diagonal(h)) if act_order else None
         codes, rung = gptq_solve(

@@ -31,19 +31,10 @@ from qlab.nn.chain import Chain, Layer, affine, forward
 from qlab.quantization.grid import Grid, calibrate, nearest_codes
 from qlab.quantization.methods import Method, Unit, squared_error
 from qlab.quantization.qtensor import QTensor, dequantize
+from qlab.quantization.tasks import Task, storage, variance_split
+from qlab.quantization.units import next_shape, plan_units, unit_layers
 
 Target = Literal["same", "fp"]
-
-
-class Task(NamedTuple):
-    """One cell of the table: which net at how many bits. `draw` and `run` > 0 repeat a cell afresh."""
-
-    name: str
-    bits: int
-    granularity: str  # "tensor" | "channel"
-    net: str = "plain"
-    draw: int = 0  # calibration draw
-    run: int = 0  # method key
 
 
 class Group(NamedTuple):
@@ -74,26 +65,6 @@ class State(NamedTuple):
     groups: tuple[Group, ...]
 
 
-class _Plan(NamedTuple):
-    """Units start .. stop - 1 of one shape, `size` layers each; first: round number of the first."""
-
-    layers: tuple[tuple[int, ...], ...]
-    first: int
-
-
-def unit_layers(num_layers: int, unit: str) -> list[tuple[int, ...]]:
-    """Layer indices of each unit: "layer", "block" (two layers), or "net".
-
-    >>> unit_layers(3, "block")
-    [(0, 1), (2,)]
-    """
-    sizes = {"layer": 1, "block": 2, "net": num_layers}
-    if unit not in sizes:
-        raise ValueError(f'unit={unit!r}; use "layer", "block" or "net"')
-    layers = range(num_layers)
-    return [tuple(layers[i : i + sizes[unit]]) for i in range(0, num_layers, sizes[unit])]
-
-
 def post_training(
     chain: Chain,
     shapes: Sequence[tuple[int, ...]],
@@ -114,14 +85,16 @@ def post_training(
     """One arm of a comparison of weight-quantization methods.
 
     Args:
-      chain: static part of the net. shapes: (out, in) of its layers. nets: key -> {net name: layers}, e.g. plain and twin; trained.
+      chain: static part of the net. shapes: (out, in) of its layers.
+      nets: key -> {net name: trained layers}, e.g. plain and twin.
       pool: f32[M, ...] images to draw calibration samples from. test: (images, labels i32).
-      tasks: the cells; widths up to 8 bits. Cells with draw or run > 0 must follow their original.
+      tasks: the cells; widths up to 8 bits.
       method: see qlab.quantization.methods.
       target: what a unit's output on quantized-prefix inputs is compared with: the float unit on
         float inputs ("fp") or on the same inputs ("same"). Must be equal over all arms.
       unit: "layer", "block" or "net". grid_options: of `calibrate` (symmetric, calibration, ...).
-      vary: which of the three parts the seed decides; the others keep their key of seed-less 0.
+      vary: which of the three parts the seed decides; the others are
+        the same for all seeds.
 
     Returns:
       An Experiment whose evaluate gives per task accuracy (%), fp_accuracy (%), mse_ratio
@@ -142,7 +115,7 @@ def post_training(
     units = unit_layers(len(chain.names), "layer" if method.layerwise else unit)
     max_bits = max(t.bits for t in tasks)
     sample = jax.ShapeDtypeStruct((num_calibration, *pool.shape[1:]), jnp.float32)
-    plans = _plan(chain, shapes, units, sample, method.rounds)
+    plans = plan_units(chain, shapes, units, sample, method.rounds)
     bits = jnp.array([t.bits for t in tasks])
     shared = jnp.array([t.granularity == "tensor" for t in tasks])
     make_grid = partial(calibrate, max_bits=max_bits, **options)
@@ -161,7 +134,8 @@ def post_training(
         )
         keys = jnp.stack([jax.random.fold_in(parts["method"], t.run) for t in tasks])
         x0 = jax.vmap(chain.pre[0])(images)
-        groups, x_shape = [], x0.shape
+        groups: list[Group] = []
+        x_shape = x0.shape
         for plan in plans:
             first = plan.layers[0]
             pick = partial(_gather, layers, plan.layers)
@@ -188,12 +162,12 @@ def post_training(
                     jnp.zeros((len(tasks), n)),
                 )
             )
-            x_shape = _next_shape(chain, plan, w, x_shape)
+            x_shape = next_shape(chain, plan, w, x_shape)
         return State(keys, jnp.zeros((), jnp.int32), tuple(groups))
 
     def make_step(g: int) -> Callable[[State], tuple[State, dict[str, jax.Array]]]:
         plan = plans[g]
-        within = _pre_of_next(chain, plan, 1)
+        within = chain.pre[plan.layers[1][0]] if len(plan.layers) > 1 else None
         onward = chain.pre[plan.layers[-1][-1] + 1] if g + 1 < len(plans) else None
 
         def one_task(key, group: Group, i, local):
@@ -277,8 +251,7 @@ def post_training(
                         moved.append(jnp.stack([(far >= 1).mean(), (far >= 2).mean()]) * 100.0)
             order = range(len(chain.names))
             hits = [
-                (forward(chain, [net[i] for i in order], x_test).argmax(-1) == y_test).mean()
-                * 100.0
+                (forward(chain, [net[i] for i in order], x_test).argmax(-1) == y_test).sum()
                 for net in (layers, floats)
             ]
             error = jnp.concatenate([group.error for group in groups])
@@ -309,51 +282,6 @@ def post_training(
     return Experiment(init, evaluate, phases, seed_layout)
 
 
-def storage(
-    sizes: Sequence[tuple[int, ...]], task: Task, options: Mapping[str, Any]
-) -> dict[str, float]:
-    """Bytes of the packed weights with scales (f32) and zero points (a byte), and bits per weight.
-
-    >>> storage([(10, 16)], Task("w2", 2, "channel"), {})
-    {'bytes': 90.0, 'stored_bits': 4.5}
-    """
-    num_bytes = 0
-    for rows, cols in sizes:
-        scales = 1 if task.granularity == "tensor" else rows
-        num_bytes += rows * -(-cols * task.bits // 8) + scales * (
-            4 if options.get("symmetric") else 5
-        )
-    return {
-        "bytes": float(num_bytes),
-        "stored_bits": 8.0 * num_bytes / sum(r * c for r, c in sizes),
-    }
-
-
-def variance_split(tasks: Sequence[Task], hits: jax.Array, percent: float) -> dict[str, jax.Array]:
-    """Shares of the spread over seeds, from tasks that repeat another with a fresh draw or method key.
-
-    For a repeat that differs in the method key only, E (a - a')^2 / 2 is the variance that key makes;
-    for one that differs in draw and key, it is that of both. The mean of these rows over seeds is
-    the estimate; what is left of the variance of `accuracy` over seeds is the trained net's.
-
-    Args:
-      hits: i32[T], right answers per task (whole numbers: equal tasks give exactly 0).
-      percent: accuracy points per right answer.
-
-    >>> tasks = [Task("w2", 2, "channel"), Task("w2", 2, "channel", run=1)]
-    >>> float(variance_split(tasks, jnp.array([90, 92]), 1.0)["w2/variance_method"])
-    2.0
-    """
-    home = {t.name: i for i, t in enumerate(tasks) if t.draw == 0 and t.run == 0}
-    out = {}
-    for i, t in enumerate(tasks):
-        if t.draw or t.run:
-            what = "variance_calibration_and_method" if t.draw else "variance_method"
-            gap = (hits[i] - hits[home[t.name]]) * percent
-            out[f"{t.name}/{what}"] = gap**2 / 2
-    return out
-
-
 def _gather(nets, units, position: int, field: int) -> jax.Array:
     """f32[T, n, ...]: a field (0 = w, 1 = b) of the layer at a position of each unit, per task."""
     return jnp.stack([jnp.stack([net[unit[position]][field] for unit in units]) for net in nets])
@@ -361,39 +289,3 @@ def _gather(nets, units, position: int, field: int) -> jax.Array:
 
 def _nearest(w: jax.Array, grid: Grid) -> QTensor:
     return grid.qtensor(nearest_codes(w, grid), w.shape)
-
-
-def _plan(chain, shapes, units, sample, rounds) -> tuple[_Plan, ...]:
-    """Consecutive units of one shape, with one pre-function before each but the first, form a group."""
-    plans, x = [], jax.eval_shape(chain.pre[0], sample)
-    last = None
-    for number, unit in enumerate(units):
-        inner = tuple(chain.pre[i] for i in unit[1:])
-        same = (tuple(shapes[i] for i in unit), inner, x.shape)
-        pre = chain.pre[unit[0]]
-        group = plans[-1].layers if plans else ()
-        if same == last and (len(group) == 1 or chain.pre[group[1][0]] is pre):
-            plans[-1] = plans[-1]._replace(layers=(*group, unit))
-        else:
-            plans.append(_Plan((unit,), number * rounds))
-        last = same
-        for j, i in enumerate(unit):
-            x = x if j == 0 else jax.eval_shape(chain.pre[i], x)
-            x = jax.ShapeDtypeStruct((*x.shape[:-1], shapes[i][0]), x.dtype)
-        if unit[-1] + 1 < len(chain.pre):
-            x = jax.eval_shape(chain.pre[unit[-1] + 1], x)
-    return tuple(plans)
-
-
-def _pre_of_next(chain: Chain, plan: _Plan, unit: int):
-    return chain.pre[plan.layers[unit][0]] if len(plan.layers) > unit else None
-
-
-def _next_shape(chain, plan, w, x_shape):
-    """Shape (with T) of the inputs of the group after this one."""
-    x = jax.ShapeDtypeStruct(x_shape, jnp.float32)
-    for j, i in enumerate(plan.layers[-1]):
-        x = x if j == 0 else jax.eval_shape(jax.vmap(chain.pre[i]), x)
-        x = jax.ShapeDtypeStruct((*x.shape[:-1], w[j].shape[-2]), jnp.float32)
-    after = plan.layers[-1][-1] + 1
-    return jax.eval_shape(jax.vmap(chain.pre[after]), x).shape if after < len(chain.pre) else ()

@@ -267,7 +267,9 @@ def test_learned_rules_lie_between_brute_force_and_nearest(name):
     def loss_fn(v, batch, key, t):
         return squared_error(batch @ rule.soft(v, w, grid).T, batch @ w.T) + rule.reg(v, t)
 
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-2, 800))  # to 0, so that the integers stop
+    optimizer = optax.adam(
+        optax.cosine_decay_schedule(3e-2, 800)
+    )  # to 0, so that the integers stop
     run = jax.jit(
         lambda v: block_reconstruct(
             loss_fn, v, x, optimizer, 800, jax.random.key(0), batch_size=64

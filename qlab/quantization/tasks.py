@@ -1,0 +1,64 @@
+"""The cells of a table of quantized nets: what each is, what it costs to store, how its spread splits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Task(NamedTuple):
+    """One cell of the table: which net at how many bits. `draw` and `run` > 0 repeat a cell afresh."""
+
+    name: str
+    bits: int
+    granularity: str  # "tensor" | "channel"
+    net: str = "plain"
+    draw: int = 0  # calibration draw
+    run: int = 0  # method key
+
+
+def storage(
+    sizes: Sequence[tuple[int, ...]], task: Task, options: Mapping[str, Any]
+) -> dict[str, float]:
+    """Bytes of the packed weights with scales (f32) and zero points (a byte), and bits per weight.
+
+    >>> storage([(10, 16)], Task("w2", 2, "channel"), {})
+    {'bytes': 90.0, 'stored_bits': 4.5}
+    """
+    num_bytes = 0
+    for rows, cols in sizes:
+        scales = 1 if task.granularity == "tensor" else rows
+        num_bytes += rows * -(-cols * task.bits // 8) + scales * (
+            4 if options.get("symmetric") else 5
+        )
+    return {
+        "bytes": float(num_bytes),
+        "stored_bits": 8.0 * num_bytes / sum(r * c for r, c in sizes),
+    }
+
+
+def variance_split(tasks: Sequence[Task], hits: jax.Array, percent: float) -> dict[str, jax.Array]:
+    """Shares of the spread over seeds, from tasks that repeat another with a fresh draw or method key.
+
+    For a repeat that differs in the method key only, E (a - a')^2 / 2 is the variance that key makes;
+    for one that differs in draw and key, it is that of both. The mean of these rows over seeds is
+    the estimate; what is left of the variance of `accuracy` over seeds is the trained net's.
+
+    Args:
+      hits: i32[T], right answers per task (whole numbers: equal tasks give exactly 0).
+      percent: accuracy points per right answer.
+
+    >>> tasks = [Task("w2", 2, "channel"), Task("w2", 2, "channel", run=1)]
+    >>> float(variance_split(tasks, jax.numpy.array([90, 92]), 1.0)["w2/variance_method"])
+    2.0
+    """
+    home = {t.name: i for i, t in enumerate(tasks) if t.draw == 0 and t.run == 0}
+    out = {}
+    for i, t in enumerate(tasks):
+        if t.draw or t.run:
+            what = "variance_calibration_and_method" if t.draw else "variance_method"
+            gap = (hits[i] - hits[home[t.name]]) * percent
+            out[f"{t.name}/{what}"] = gap**2 / 2
+    return out
