@@ -5,7 +5,7 @@ Contestants, all with the same step over the same seeds (vmapped):
     program  the runner's compiled chunk: sums of metrics, finite checks, frozen seeds
     runner   qlab.lab.loop.run_phase as qlab.lab.arm drives it, at the default settings: chunks,
              windows, metrics.jsonl, event files, progress, signals, checkpoints
-Bare and program are compared in pieces of a twentieth of a second, so that a busy machine meets both;
+Bare and program are compared in pieces of a fiftieth of a second, so that a busy machine meets both;
 a whole phase is bare against runner. From the two parts, time a step and time a window, follows
 overhead_10s: what the runner adds to a phase of 10 s. Compiling, evaluating and the save at the end
 of an arm are left out (last_stall has that save).
@@ -13,25 +13,22 @@ of an arm are left out (last_stall has that save).
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from qlab.benches.measure import Number, Sample, Tell, find, interleave, percent_over
+from qlab.benches.runner_parts import STEPS, run_arm
 from qlab.lab import arm as arms
 from qlab.lab import checkpoint, loop
 from qlab.lab import config as configs
-from qlab.lab.console import Console
 from qlab.lab.experiment import Claim, Experiment, Figure, Metric, Phase
-from qlab.lab.signals import Stop
 
 SOURCE = "goal"
 METRICS = {
@@ -82,8 +79,8 @@ def settings(quick: bool) -> dict[str, Any]:
         "tasks": ("0.1ms", "mlp") if quick else ("0.1ms", "1ms", "mlp"),
         "seeds": default.seeds,
         "log_points": default.log_points,
-        "piece_s": 0.05,
-        "pieces": 30 if quick else 100,
+        "piece_s": 0.02,
+        "pieces": 60 if quick else 300,
         "loop_s": 1.0 if quick else 4.0,
         "repetitions": 3 if quick else 7,
         "budget_s": 8.0 if quick else 200.0,
@@ -92,80 +89,6 @@ def settings(quick: bool) -> dict[str, Any]:
         "stall_s": 0.0 if quick else 40.0,
         "stall_repetitions": 3,
     }
-
-
-# ---- steps --------------------------------------------------------------------------------------
-
-
-class Dense(NamedTuple):
-    """x f32[d] goes through w f32[d, d] again and again."""
-
-    x: jax.Array
-    w: jax.Array
-
-
-def dense(width: int, depth: int) -> Callable[[], tuple[Callable, Callable]]:
-    """depth products of width x width matrices a step: little state, and time that depth sets."""
-
-    def make():
-        def init(key):
-            w = jax.random.normal(key, (width, width)) / np.sqrt(width)
-            return Dense(jnp.ones((width, width)), w)
-
-        def step(s):
-            x = s.x
-            for _ in range(depth):
-                x = jnp.tanh(x @ s.w)
-            return s._replace(x=x), {"loss": jnp.mean(x**2)}
-
-        return init, step
-
-    return make
-
-
-class Train(NamedTuple):
-    key: jax.Array
-    step: jax.Array
-    params: list[jax.Array]
-    opt_state: Any
-
-
-def mlp() -> tuple[Callable, Callable]:
-    """Adam on a 64-128-128-10 net, batches of 128 drawn from 1500 samples held fixed."""
-    widths = (64, 128, 128, 10)
-    rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.standard_normal((1500, 64)), jnp.float32)
-    labels = jnp.asarray(rng.integers(0, 10, 1500))
-    tx = optax.adam(1e-3)
-
-    def init(key):
-        keys = jax.random.split(key, len(widths))
-        pairs = zip(keys, widths[:-1], widths[1:], strict=False)
-        params = [jax.random.normal(k, (a, b)) / np.sqrt(a) for k, a, b in pairs]
-        return Train(keys[-1], jnp.int32(0), params, tx.init(params))
-
-    def loss(params, x, y):
-        for w in params[:-1]:
-            x = jax.nn.relu(x @ w)
-        logits = x @ params[-1]
-        hits = (logits.argmax(-1) == y).mean()
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), hits
-
-    def step(s):
-        at = jax.random.randint(jax.random.fold_in(s.key, s.step), (128,), 0, len(images))
-        (value, hits), grads = jax.value_and_grad(loss, has_aux=True)(
-            s.params, images[at], labels[at]
-        )
-        updates, opt_state = tx.update(grads, s.opt_state)
-        params = optax.apply_updates(s.params, updates)
-        norm = optax.global_norm(grads)
-        metrics = {"loss": value, "accuracy": hits, "grad_norm": norm}
-        return Train(s.key, s.step + 1, params, opt_state), metrics
-
-    return init, step
-
-
-STEPS = {"0.1ms": dense(64, 6), "1ms": dense(128, 12), "mlp": mlp}
 
 
 # ---- contestants --------------------------------------------------------------------------------
@@ -199,54 +122,6 @@ def step_seconds(fresh: Callable, run: Callable) -> float:
     while (took := bare_seconds(fresh, run, n)) < 0.2:
         n *= 4
     return took / n
-
-
-@contextlib.contextmanager
-def clocks() -> Iterator[dict[str, Any]]:
-    """Times what the runner calls while it runs: the loop, the chunks in it, the checkpoints."""
-    t: dict[str, Any] = {"loop": 0.0, "chunks": 0.0, "windows": 0, "saves": []}
-    compile_phase, run_phase, save = loop.compile_phase, loop.run_phase, checkpoint.save
-
-    def timed_compile(*args):
-        advance = compile_phase(*args).advance
-
-        def timed(carry, n):
-            start = time.perf_counter()
-            carry = jax.block_until_ready(advance(carry, n))
-            t["chunks"] += time.perf_counter() - start
-            return carry
-
-        return loop.Runner(timed)
-
-    def timed_phase(*args):
-        start = time.perf_counter()
-        for carry, window in run_phase(*args):
-            t["windows"] += window is not None
-            yield carry, window
-        t["loop"] += time.perf_counter() - start
-
-    def timed_save(*args):
-        start = time.perf_counter()
-        save(*args)
-        t["saves"].append(time.perf_counter() - start)
-
-    loop.compile_phase, loop.run_phase, checkpoint.save = timed_compile, timed_phase, timed_save
-    try:
-        yield t
-    finally:
-        loop.compile_phase, loop.run_phase, checkpoint.save = compile_phase, run_phase, save
-
-
-def run_arm(exp: Experiment, seeds: int, **values: Any) -> dict[str, Any]:
-    """One arm through qlab.lab.arm in a folder of its own; the clocks' times."""
-    config = configs.arm_config(
-        configs.base("bench", seeds=seeds, arms={"runner": {}}, **values), "runner"
-    )
-    columns = {"commit": ""}
-    with tempfile.TemporaryDirectory(prefix="qlab-bench-") as folder, clocks() as t:
-        context = arms.Context(Path(folder), "", columns, {}, Console(True), Stop(), "bench")
-        arms.run_arm(lambda _: exp, config, context)
-    return t
 
 
 def pieces(phase: Phase, fresh: Callable, run: Callable, n: int, s: dict[str, Any]) -> list[Number]:
