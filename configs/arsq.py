@@ -17,6 +17,15 @@ Arms: arsq; no_ar (the same net, tokens see coarser levels only); independent (C
 per-dimension targets) and independent_scalar (the same without C51); flat (soft Q-learning over all
 joint actions, the strong baseline wherever they can be listed); bc (auto-regressive behaviour cloning
 of the best bc_filter share of the log). All have the same widths, batches, updates and log.
+
+Tuning, on other seeds (root key 1000, 3 seeds, 1000 updates; mean of final score and mean score over
+bandit, chain, chain_expert): nine points for each arm, lr in {3e-4, 1e-3, 3e-3} times alpha in {0.001, 0.01,
+0.1} (arsq, no_ar, flat), tau in {0.005, 0.02, 0.1} (independent) or bc_filter in {1, 0.3, 0.1} (bc); the default
+was kept where it came within 0.1 points of the best. With alpha = 0.1 the soft optimum of the chain itself
+lingers for its entropy (score -34), and arsq and flat both learn exactly that.
+What to keep in mind: the tasks are tiny and made to be coupled, so ratios between arms are not the paper's;
+on the expert-majority chain the expert has two equally good modes, and factorised arms that mix them up score
+far below the uniform policy; cloning the best tenth of a noise-free log is a strong baseline.
 """
 
 from ml_collections import ConfigDict
@@ -58,16 +67,16 @@ def get_config(variant: str = "") -> ConfigDict:
         weight_decay=0.0,
         tau=0.02,
         batch=128,
-        updates=4000,
+        updates=2000,
         updates_per_step=20,
     )
     c.arms = {
         "arsq": {},
-        "no_ar": {"conditioning": "level"},
-        "independent": {"agent": "cqn"},
-        "independent_scalar": {"agent": "cqn", "distribution": "scalar"},
+        "no_ar": {"conditioning": "level", "lr": 3e-4, "alpha": 0.001},
+        "independent": {"agent": "cqn", "lr": 3e-4},
+        "independent_scalar": {"agent": "cqn", "distribution": "scalar", "lr": 3e-4},
         "flat": {"agent": "joint_q"},
-        "bc": {"lambda_td": 0.0, "lambda_bc": 1.0},
+        "bc": {"lambda_td": 0.0, "lambda_bc": 1.0, "lr": 3e-4, "bc_filter": 0.1},
     }
     if variant == "smoke":
         # One shape for all tasks and fewer arms: compilation is nearly all of the time.
@@ -75,6 +84,9 @@ def get_config(variant: str = "") -> ConfigDict:
         c.update(updates=400, num_logged=500, hidden=(32,), log_points=20)
         for arm in ("independent_scalar", "bc"):
             del c.arms[arm]
+    if variant == "full":
+        # The parent's network and more of everything; D4RL and RLBench themselves are not in this lab.
+        c.update(seeds=20, hidden=(512, 512), batch=256, updates=20_000, num_logged=20_000)
     return c
 
 
@@ -83,7 +95,8 @@ def sweep():
     tasks = {"tasks": (("bandit", "chain"),)}
     yield from grid({**tasks, "alpha": (0.001, 0.01, 0.1, 1.0)})
     yield from grid({**tasks, "dim_order": ("identity", "reverse", "random")})
-    yield from grid({"tasks": (("chain",),), "L": (1, 2), "B": (3, 6, 9)})
+    yield from grid({"tasks": (("chain",),), "L": (1,), "B": (3, 9)})
+    yield from grid({"tasks": (("chain",),), "L": (2,), "B": (3,)})  # as fine as 1 x 9
     yield from grid(
         {
             **tasks,

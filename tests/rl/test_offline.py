@@ -51,14 +51,15 @@ def test_arms_and_subsets_of_tasks_share_logs_and_initial_nets():
     other = cqn(5, 2, num_levels=1, num_bins=3, hidden=(32,))
     build = partial(offline_rl, num_updates=20, batch_size=8)
     key = jax.random.key(3)
-    both = build([group(("chain", "separable"), agent)]).init(key).groups[0]
+    experiment = build([group(("chain", "separable"), agent)])
+    both = experiment.init(key).groups[0]
     alone = build([group(("separable",), agent)]).init(key).groups[0]
     rival = build([group(("chain", "separable"), other)]).init(key).groups[0]
     last = partial(jax.tree.map, lambda x: x[1:])
     assert_same(last(both.data), alone.data)
     assert_same(last(both.agent), alone.agent)
     assert_same(both.data, rival.data)
-    changed = build([group(("chain", "separable"), agent)]).init(jax.random.key(4)).groups[0]
+    changed = experiment.init(jax.random.key(4)).groups[0]
     assert not np.array_equal(changed.data.action, both.data.action)
     assert not np.array_equal(both.data.action[0], both.data.action[1])
 
@@ -133,6 +134,7 @@ def test_value_and_joint_policy_match_soft_value_iteration():
     assert out["chain/score"] == pytest.approx(float(want), abs=1e-2)
 
 
+@pytest.mark.slow
 def test_critics_without_dimension_coupling_settle_for_the_safe_action():
     out = {}
     for name, agent in (

@@ -11,7 +11,7 @@ chain      Five states in a row, two thrusters with three bins {left, off, right
            per-dimension values represents it.
 chain_1d   The same process with its nine joint actions relabelled as the nine bins of one dimension.
 separable  The same states; dimension 1 alone moves (right forward, off stays, left costs 0.2) and dimension 2
-           alone adds 0, 0.05 or 0.1: the optimal Q is a sum over dimensions.
+           alone costs 0.1, 0.05 or 0: the optimal Q is a sum over dimensions.
 
 Data: `mix` shares of an expert, a medium and a bad controller, each with a share of uniform actions
 (`noise`), placed uniformly inside the bins.
@@ -106,7 +106,7 @@ def chain(slip: float = 0.0, num_dims: int = 2) -> Task:
 def separable(slip: float = 0.0) -> Task:
     """The chain without coupling: expert (right, right), medium (right, left), bad (left, off)."""
     a, b = all_bins(ActionGrid(2, 1, 3))[:, 0].T
-    gain = 0.05 * b - STALL_COST * (a == LEFT)
+    gain = 0.05 * (b - 2) - STALL_COST * (a == LEFT)
     mdp = _walk((a == RIGHT).astype(float), gain, slip)
     modes = ((RIGHT, RIGHT), (RIGHT, LEFT), (LEFT, OFF))
     table = np.stack([(a == x) & (b == y) for x, y in modes]).astype(float)
