@@ -3,8 +3,9 @@
 Lights Out 4x4 (A = 16, 136, 696: all sets of at most 1, 2, 3 presses) and the 8-puzzle (A = 4, 16, 52: all reduced
 words of at most 1, 2, 3 moves), every action at cost 1. 100 fixed instances a task, drawn uniformly; the optimum is known
 for every state. The h-net and the Q-net have the same layers, training states (goals scrambled by up to k_max moves),
-labels (one exact value a state; the Q-net's for the drawn action) and updates; qstar_bootstrap learns Q with a target net
-instead of exact labels. Weight w = 0.6 as for the cube; ties: larger g, then latest. A seed draws nets and their data.
+number of states and updates; the labels are exact (h*(s) for one, Q*(s, a) for every a for the other: with the label of one
+drawn action a state, config.target = "q_taken", Q has A times fewer and Q* falls behind A*). qstar_bootstrap learns Q as
+the paper does, one drawn action a state against a target net. Weight w = 0.6 as for the cube; ties: larger g, then latest. A seed draws nets and their data.
 Choices of ours: net sizes, instances, exact labels (bootstrapping h would need batch x A inputs an update).
 
     python -m qlab.run --config configs/q_star.py
@@ -38,10 +39,10 @@ def get_config(variant: str = "") -> Any:
         # heuristic
         heuristic="net",  # net, exact, admissible
         read="q",  # value, q, min_q
-        target="q_taken",  # h, q_taken, q_bootstrap (one label a state), q (all actions labelled)
+        target="q",  # h, q (all actions labelled), q_taken, q_bootstrap (one drawn action a state)
         net=dict(widths=(128, 128), blocks=0),
         batch_size=256,
-        train_steps=3000,
+        train_steps=2000,
         k_max=dict(lightsout4=32, puzzle8=60, puzzle15=500),
         lr=1e-3,
         lr_decay=0.999,

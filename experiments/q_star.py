@@ -2,7 +2,7 @@
 number of actions grows by macro-actions.
 
 All arms search the same instances with the same tie rule, weight and limits. The h-net and the Q-net
-have the same size, training states, number of labels (one a state) and updates.
+have the same hidden layers, training states and updates.
 """
 
 from __future__ import annotations
