@@ -154,8 +154,8 @@ def expansion(p: Any, plan: Plan, start: np.ndarray) -> Callable[[int], Sample]:
     return sample
 
 
-def python_astar(start: np.ndarray, node_limit: int) -> tuple[int, int]:
-    """A* as one writes it in plain Python: (nodes generated, states stored) at its node limit."""
+def python_astar(start: np.ndarray, node_limit: int) -> tuple[int, int, int]:
+    """A* as one writes it in plain Python: nodes generated, states stored, cost (-1: node limit)."""
     moves = MOVES.tolist()
     far = [
         [abs(c // N - (t - 1) // N) + abs(c % N - (t - 1) % N) if t else 0 for c in range(N * N)]
@@ -169,7 +169,7 @@ def python_astar(start: np.ndarray, node_limit: int) -> tuple[int, int]:
         f, minus_g, s, blank = heapq.heappop(heap)
         g = -minus_g
         if s == goal:
-            break
+            return generated, len(best), g
         if g > best[s]:
             continue
         generated += A
@@ -183,7 +183,7 @@ def python_astar(start: np.ndarray, node_limit: int) -> tuple[int, int]:
                 best[key] = g + 1
                 f_new = f + 1 + far[tile][blank] - far[tile][to]
                 heapq.heappush(heap, (f_new, -g - 1, key, to))
-    return generated, len(best)
+    return generated, len(best), -1
 
 
 def searching(p: Any, plan: Plan, start: np.ndarray) -> tuple[Callable[[int], Sample], float]:
@@ -239,7 +239,7 @@ def one_size(p: Any, plan: Plan, start: np.ndarray, s: dict[str, Any]) -> list[N
 
     def python() -> Sample:
         begun = time.perf_counter()
-        generated, stored = python_astar(start, s["python_nodes"])
+        generated, stored, _ = python_astar(start, s["python_nodes"])
         took = time.perf_counter() - begun
         return {"generated_per_s": generated / took, "stored_per_s": stored / took}
 

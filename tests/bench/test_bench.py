@@ -17,7 +17,29 @@ from qlab.lab.errors import UserError
 from qlab.lab.experiment import Metric
 
 ROOT = Path(__file__).resolve().parents[2]
-ROW = ["paper", "arm", "task", "split", "metric", "unit", "better", "value", "seed", "step", "wall_s", "peak_mem_mb", "device", "deterministic", "seed_layout", "status", "fallbacks", "config_hash", "commit", "claim", "claim_ref"]
+ROW = [
+    "paper",
+    "arm",
+    "task",
+    "split",
+    "metric",
+    "unit",
+    "better",
+    "value",
+    "seed",
+    "step",
+    "wall_s",
+    "peak_mem_mb",
+    "device",
+    "deterministic",
+    "seed_layout",
+    "status",
+    "fallbacks",
+    "config_hash",
+    "commit",
+    "claim",
+    "claim_ref",
+]
 
 
 class TestArithmetic:
