@@ -28,10 +28,12 @@ from qlab.quantum import ansatz, hamiltonians, noise, pauli
 
 METRICS = {
     "call_ms": Metric("ms", "lower", "value and gradient, steady"),
-    "first_call_s": Metric("s", "lower", "the first call: tracing, compiling, running"),
+    "first_call_s": Metric(
+        "s", "lower", "the first call at this size: tracing, compiling, running"
+    ),
     "to_density": Metric("times", "lower", "call_ms over that of the density matrix by hand"),
-    "ptm_faster": Metric("times", "higher", "call_ms over that of ptm"),
-    "max_error": Metric("", "lower", "largest difference from ptm in value and gradient"),
+    "to_ptm": Metric("times", "lower", "call_ms over that of ptm"),
+    "max_error": Metric("", "none", "largest difference from ptm in value and gradient"),
 }
 GOALS: tuple[Claim, ...] = ()
 FIGURES = (
@@ -187,6 +189,8 @@ def why_not(arm: str) -> str:
 
 
 def measure(s: dict[str, Any], tell: Tell) -> list[Number]:
+    tell("quantum: 2 qubits first, uncounted: what each does once in a process")
+    one_size(2, s | {"repetitions": 1})
     numbers: list[Number] = []
     for n in s["qubits"]:
         tell(f"quantum: {n} qubits")
@@ -218,7 +222,7 @@ def one_size(n: int, s: dict[str, Any]) -> list[Number]:
     numbers += interleave(ready, s["repetitions"], s["budget_s"])
     numbers.append(ratio(numbers, "ptm", "density", "call_ms", "to_density"))
     others = [arm for arm in CONTESTANTS if arm != "ptm"]
-    return numbers + [ratio(numbers, arm, "ptm", "call_ms", "ptm_faster") for arm in others]
+    return numbers + [ratio(numbers, arm, "ptm", "call_ms", "to_ptm") for arm in others]
 
 
 def summary(numbers: list[Number]) -> str:
