@@ -225,30 +225,50 @@ def gp_zne(lams: jax.Array, energies: jax.Array, at: jax.Array = 0.0) -> Fit:  #
 # ---- by name ------------------------------------------------------------------------------------
 
 
+def _sure(value: jax.Array) -> Fit:
+    """A fit that cannot fail."""
+    return Fit(value, jnp.array(True))
+
+
+# name -> (lams f[m], energies f[m], asymptote f[], at f[Q]) -> Fit
+ESTIMATORS: dict[str, Callable[..., Fit]] = {
+    "raw": lambda x, y, a, at: _sure(jnp.interp(at, x, y)),  # the points; flat below the first
+    "linear": lambda x, y, a, at: _sure(poly_zne(x, y, 1, at)),
+    "quadratic": lambda x, y, a, at: _sure(poly_zne(x, y, 2, at)),
+    "cubic": lambda x, y, a, at: _sure(poly_zne(x, y, 3, at)),
+    "richardson": lambda x, y, a, at: _sure(richardson(x, y, at)),
+    "exp_fixed": lambda x, y, a, at: exp_zne(x, y, a, at),
+    "exp_survival": lambda x, y, a, at: exp_zne(x, y, a, at, survival=True),
+    "exp_free": lambda x, y, a, at: exp_zne(x, y, None, at),
+    "poly_loo": lambda x, y, a, at: _sure(poly_loo(x, y, at)),
+    "gp": lambda x, y, a, at: gp_zne(x, y, at),
+}
+
+
+def _always(value: jax.Array) -> Fit:
+    return Fit(value, jnp.array(True))
+
+
+# name -> (lams f[m], energies f[m], asymptote f[], at f[Q]) -> Fit
+ESTIMATORS: dict[str, Callable[..., Fit]] = {
+    "raw": lambda x, y, a, at: _always(jnp.interp(at, x, y)),  # the points; flat below the first
+    "linear": lambda x, y, a, at: _always(poly_zne(x, y, 1, at)),
+    "quadratic": lambda x, y, a, at: _always(poly_zne(x, y, 2, at)),
+    "cubic": lambda x, y, a, at: _always(poly_zne(x, y, 3, at)),
+    "richardson": lambda x, y, a, at: _always(richardson(x, y, at)),
+    "exp_fixed": lambda x, y, a, at: exp_zne(x, y, a, at),
+    "exp_survival": lambda x, y, a, at: exp_zne(x, y, a, at, survival=True),
+    "exp_free": lambda x, y, a, at: exp_zne(x, y, None, at),
+    "poly_loo": lambda x, y, a, at: _always(poly_loo(x, y, at)),
+    "gp": lambda x, y, a, at: gp_zne(x, y, at),
+}
+
+
 def estimator(name: str) -> Callable[..., Fit]:
-    """(lams f[m], energies f[m], asymptote f[], at f[Q]) -> Fit.
-
-    Names: raw, linear, quadratic, cubic, richardson, exp_fixed, exp_free, exp_survival, poly_loo, gp.
-    """
-
-    def always(value):
-        return Fit(value, jnp.array(True))
-
-    table: dict[str, Callable[..., Fit]] = {
-        "raw": lambda x, y, a, at: always(jnp.interp(at, x, y)),  # the points; flat below the first
-        "linear": lambda x, y, a, at: always(poly_zne(x, y, 1, at)),
-        "quadratic": lambda x, y, a, at: always(poly_zne(x, y, 2, at)),
-        "cubic": lambda x, y, a, at: always(poly_zne(x, y, 3, at)),
-        "richardson": lambda x, y, a, at: always(richardson(x, y, at)),
-        "exp_fixed": lambda x, y, a, at: exp_zne(x, y, a, at),
-        "exp_survival": lambda x, y, a, at: exp_zne(x, y, a, at, survival=True),
-        "exp_free": lambda x, y, a, at: exp_zne(x, y, None, at),
-        "poly_loo": lambda x, y, a, at: always(poly_loo(x, y, at)),
-        "gp": lambda x, y, a, at: gp_zne(x, y, at),
-    }
-    if name not in table:
-        raise UserError(f"estimator {name!r} is unknown; one of {', '.join(table)}")
-    return table[name]
+    """(lams f[m], energies f[m], asymptote f[], at f[Q]) -> Fit, by its name in `ESTIMATORS`."""
+    if name not in ESTIMATORS:
+        raise UserError(f"estimator {name!r} is unknown; one of {', '.join(ESTIMATORS)}")
+    return ESTIMATORS[name]
 
 
 @functools.partial(jax.jit, static_argnames="name")
