@@ -60,7 +60,11 @@ def settings(quick: bool) -> dict[str, Any]:
 
 def ptm(n: int, blocks: int, lam: float) -> Gradient:
     obs = hamiltonians.tfim_ring(n)
-    return jax.jit(jax.value_and_grad(lambda theta: ansatz.noisy_expval(theta, lam, lam, obs)))
+    return jax.jit(
+        jax.value_and_grad(
+            lambda theta: ansatz.noisy_expval(theta, jnp.asarray(lam), jnp.asarray(lam), obs)
+        )
+    )
 
 
 def default_mixed(n: int, blocks: int, lam: float) -> Gradient:

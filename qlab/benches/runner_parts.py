@@ -84,7 +84,7 @@ def mlp() -> tuple[Callable, Callable]:
             s.params, images[at], labels[at]
         )
         updates, opt_state = tx.update(grads, s.opt_state)
-        params = optax.apply_updates(s.params, updates)
+        params: Any = optax.apply_updates(s.params, updates)
         norm = optax.global_norm(grads)
         metrics = {"loss": value, "accuracy": hits, "grad_norm": norm}
         return Train(s.key, s.step + 1, params, opt_state), metrics

@@ -114,7 +114,7 @@ def download(dataset: DataSet, file: File) -> Path:
                 known_hash=f"sha256:{file.sha256}",
                 fname=target.name,
                 path=target.parent,
-                downloader=pooch.HTTPDownloader(timeout=30),
+                downloader=pooch.HTTPDownloader(timeout=30),  # pyright: ignore[reportArgumentType]
             )
             return target
         except ValueError:  # pooch's word for another hash

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def domain(name: str, macro_depth: int = 1, dedup: bool = True) -> Domain:
 
 
 def _sliding(name: str, n: int, depth: int, dedup: bool) -> Domain:
-    distance = None
+    distance: Any = None
     if n == 3:
         table = np.maximum(-(-sliding.distances()[0].astype(np.int32) // depth), 0).astype(
             np.float32
@@ -85,7 +85,7 @@ def _sliding(name: str, n: int, depth: int, dedup: bool) -> Domain:
 
 
 def _lights_out(name: str, n: int, depth: int, dedup: bool) -> Domain:
-    distance = None
+    distance: Any = None
     if n <= 4:
         table = np.maximum(-(-lights_out.distances(n)[0].astype(np.int32) // depth), 0)
 
