@@ -26,6 +26,8 @@ METRICS = {
     "win_share": Metric("%", "higher", "circuits with an error below the raw point's"),
     "p90_ratio": Metric("", "lower", "90th percentile of |error| / |error of the raw point|"),
     "net_spread": Metric(_UNIT, "none", "median standard deviation over the ensemble"),
+    "fallbacks": Metric("", "lower", "curves an exponential or a GP could not fit: linear instead"),
+    "sites_total": Metric("", "none", "curves"),
 }
 _CLASSICAL = (
     *("linear", "quadratic", "cubic", "richardson3", "richardson5", "richardson10"),
@@ -85,14 +87,10 @@ def build(config: Any) -> Experiment:
         return curves.energies[..., :count].reshape(-1, count)
 
     def results(curves, values, ok=None):  # values f[T C, 41]: the fits on the grid, from 0
-        rows = zne_study.tasks(spec)
-        drawn = [(p.name, s) for p, s in rows].index((spec.curve_problem, spec.shots[-1]))
         out = zne_study.score(values[:, 0].reshape(curves.ideal.shape), curves, spec)
         out |= {"fallbacks": 0 if ok is None else (~ok).sum(), "sites_total": values.shape[0]}
-        last = (drawn + 1) * curves.ideal.shape[
-            1
-        ] - 1  # the last circuit of that task: one of VQE's
-        return out | ({"lam": grid, "fitted": values[last]} if values.shape[1] > 1 else {})
+        drawn = values[len(spec.shots) * curves.ideal.shape[1] - 1]  # first problem, last circuit
+        return out | ({"lam": grid, "fitted": drawn} if drawn.size > 1 else {})
 
     if config.estimator == "nn":
         hp = zne_nn.Hyper(**config.nn.to_dict())
@@ -111,11 +109,11 @@ def build(config: Any) -> Experiment:
             out = zne_nn.nn_predict(nets.params, lams, flat(curves), grid, hp)
             return results(curves, out.mean(1)) | {"net_spread": jnp.median(out[..., 0].std(1))}
 
-        return Experiment(init, evaluate, (Phase("fit the nets", hp.steps, step),), jittable=False)
+        return Experiment(init, evaluate, (Phase("fit the nets", hp.steps, step),), "map", False)
 
     if config.estimator == "nn_amortised":
         am = config.amortised
-        hp2 = zne_nn.AmortisedHyper(am.hidden, learning_rate=am.learning_rate, batch=am.batch)
+        hp2 = zne_nn.AmortisedHyper(am.hidden, "relu", am.learning_rate, am.batch, am.steps)
         lab = spec._replace(noise=am.noise, fixed=FixedErrors()) if am.noise else spec
 
         def init_net(key):
@@ -134,8 +132,9 @@ def build(config: Any) -> Experiment:
             x, raw = zne_study.curve_features(curves, spec), curves.energies[..., 0].reshape(-1)
             return results(curves, zne_nn.amortised_predict(model, x, raw, hp2)[:, None])
 
-        phase = Phase("train the net", am.steps, step_net)
-        return Experiment(init_net, evaluate_net, (phase,), jittable=False)
+        return Experiment(
+            init_net, evaluate_net, (Phase("train", am.steps, step_net),), "map", False
+        )
 
     folding = config.estimator == "folding"
     name = "richardson" if folding else config.estimator

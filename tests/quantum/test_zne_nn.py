@@ -109,7 +109,7 @@ def test_amortised_net_learns_a_linear_rule_and_ignores_constant_features():
     )
     raw = jnp.asarray(x[:, 0])
     target = jnp.asarray(x @ np.array([1.5, -0.5, 0.2, 0.0]))
-    hp = zne_nn.AmortisedHyper(hidden=(32,), learning_rate=1e-2, batch=64)
+    hp = zne_nn.AmortisedHyper(hidden=(32,), learning_rate=1e-2, batch=64, steps=800)
     model = zne_nn.amortised_init(jax.random.key(0), jnp.asarray(x), hp)
 
     @jax.jit
