@@ -1,95 +1,105 @@
-"""Q* search (Agostinelli et al. 2021): A*, deferred A*, Q* and greedy search as the action space grows.
+"""Q* search (Agostinelli et al. 2021): Q*, A*, deferred and greedy best-first search as the action space grows.
 
-Lights Out 4x4 (A = 16, 136, 696: all sets of at most 1, 2, 3 presses) and the 8-puzzle (A = 4, 16, 52: all reduced
-words of at most 1, 2, 3 moves), every action at cost 1. 100 fixed instances a task, drawn uniformly; the optimum is known
-for every state. The h-net and the Q-net have the same layers, training states (goals scrambled by up to k_max moves),
-number of states and updates; the labels are exact (h*(s) for one, Q*(s, a) for every a for the other: with the label of one
-drawn action a state, config.target = "q_taken", Q has A times fewer and Q* falls behind A*). qstar_bootstrap learns Q as
-the paper does, one drawn action a state against a target net. Weight w = 0.6 as for the cube; ties: larger g, then latest. A seed draws nets and their data.
-Choices of ours: net sizes, instances, exact labels (bootstrapping h would need batch x A inputs an update).
+Paper: arXiv 2102.04518. Claims (abstract): with 157 times the actions on the cube, the time of Q* grows
+less than 4-fold and its generated nodes less than 3-fold; it is up to 129 times faster and generates up
+to 1288 times fewer nodes than A*. Q* keeps edges in OPEN at w g(s) + Q(s, a): one generated node and at
+most one net input a pop, where A* generates and evaluates all children.
 
-    python -m qlab.run --config configs/q_star.py
-    python -m qlab.run --config configs/q_star.py --config.w=1.0 --config.B=10
+Here: 8-puzzle (181,440 states) and Lights Out 4 x 4 (4,096 reachable states) with macro-actions of up to
+1, 2, 3 base moves at cost 1: 4, 16, 52 and 16, 136, 696 actions. 100 fixed instances, uniform over all
+states; exact costs from breadth-first search and GF(2) elimination. For every arm: weight 0.6, one entry
+popped at once, first goal, equal priorities larger g first and then the latest.
+Nets: two layers of 128, 2000 updates of 256 states scrambled by U{0..k_max} base moves; the same layers,
+states, updates and step size for all. Labels are exact: h*(s), or Q*(s, a) for every a (net="q_taken":
+for one drawn action, as in the paper's loss; then Q falls behind at many actions). qstar_bootstrap has no
+labels: target c + min Q_target of one drawn action, copied when the loss falls below a threshold.
+Arms: astar and astar_deferred (edges at the parent's h: one generated node a pop without a Q; the
+baseline to watch) with the h-net; qstar; astar_minq (h = min Q); greedy (w = 0, h-net); admissible
+(Manhattan distance / depth, lit cells / 5 / depth).
+Generated nodes are counted in one place for all arms: duplicates and illegal moves count, the root does not.
+What to keep in mind: with an optimum near two macro-actions, A* on Lights Out cannot generate fewer than
+about 1300 nodes at 696 actions and a perfect Q needs two, so the ratio measures how well a small net ranks
+many actions. Many macros of the 8-puzzle end in the same state, and each such edge counts when popped.
+"first" with w < 1 stops at the first goal generated (edges) or popped (A*), so Q* may pay in path cost.
 """
 
-from typing import Any
+from ml_collections import ConfigDict
 
 from qlab.lab.config import base, grid
 
 
-def get_config(variant: str = "") -> Any:
+def get_config(variant: str = "") -> ConfigDict:
     c = base(
         experiment="q_star",
         seeds=3,
-        log_points=20,
         domain=("lightsout4", "puzzle8"),
         macro_depth=(1, 2, 3),
-        eval_states=100,
-        instance_seed=0,
-        num_blocks=4,
-        # search
-        mode="qstar",
+        dedup=True,  # leave out macros that only repeat others (words with an undo, other orders)
+        # Search.
+        mode="astar",  # astar, astar_deferred, qstar
+        heuristic="h",  # h, q, min_q, admissible, exact_h, exact_q
         w=0.6,
-        B=1,
-        stop="first",
-        tie="lifo",
-        lookahead=False,
-        node_limit=2_000_000,
-        max_nodes=dict(lightsout4=8192, puzzle8=1 << 18, puzzle15=1 << 20),
-        # heuristic
-        heuristic="net",  # net, exact, admissible
-        read="q",  # value, q, min_q
-        target="q",  # h, q (all actions labelled), q_taken, q_bootstrap (one drawn action a state)
-        net=dict(widths=(128, 128), blocks=0),
-        batch_size=256,
+        B=1,  # entries popped at once
+        stop="first",  # first, bound
+        tie="lifo",  # lifo (larger g, then the latest), fifo (the earliest)
+        node_limit=1_000_000,
+        max_nodes=2_000_000,  # distinct states stored; no more than a domain has
+        lookahead=False,  # edge modes: drop edges to stored states when pushing (generates all children)
+        prune_stale=False,  # skip entries whose node was reached more cheaply since
+        eval_states=100,
+        block=50,  # instances per timed call
+        instance_seed=2021,
+        # Training.
+        net="h",  # h, q, q_taken, q_bootstrap, none
+        widths=(128, 128),
+        blocks=0,
         train_steps=2000,
-        k_max=dict(lightsout4=32, puzzle8=60, puzzle15=500),
-        lr=1e-3,
+        train_batch=256,
+        k_max={"lightsout4": 32, "puzzle8": 400, "puzzle15": 500},
+        lr=3e-3,
         lr_decay=0.999,
-        target_sync="loss",
+        target_sync="loss",  # loss, every
         sync_loss=0.1,
         sync_every=100,
     )
-    c.arms = dict(
-        astar=dict(mode="astar", read="value", target="h"),
-        astar_deferred=dict(mode="astar_deferred", read="value", target="h"),
-        qstar=dict(),
-        qstar_bootstrap=dict(target="q_bootstrap"),
-        astar_minq=dict(mode="astar", read="min_q"),
-        greedy=dict(mode="astar", read="value", target="h", w=0.0),
-        admissible=dict(mode="astar", heuristic="admissible"),
-    )
+    c.arms = {
+        "astar": {},
+        "astar_deferred": {"mode": "astar_deferred"},
+        "qstar": {"mode": "qstar", "heuristic": "q", "net": "q"},
+        "qstar_bootstrap": {"mode": "qstar", "heuristic": "q", "net": "q_bootstrap"},
+        "astar_minq": {"heuristic": "min_q", "net": "q"},
+        "greedy": {"w": 0.0},
+        "admissible": {"heuristic": "admissible", "net": "none"},
+    }
     if variant == "smoke":
-        c.update(
-            seeds=1,
-            domain=("puzzle8",),
-            macro_depth=(1,),
-            eval_states=50,
-            num_blocks=2,
-            heuristic="exact",
-            w=1.0,
-        )
-        c.arms = dict(
-            astar=dict(mode="astar"), astar_deferred=dict(mode="astar_deferred"), qstar=dict()
-        )
+        # Exact values from breadth-first search instead of nets, so w = 1 must give optimal costs.
+        c.update(seeds=1, domain=("puzzle8",), macro_depth=(1,), eval_states=50, w=1.0)
+        c.update(net="none", heuristic="exact_h")
+        for arm in ("qstar_bootstrap", "astar_minq", "greedy", "admissible"):
+            del c.arms[arm]
+        c.arms.qstar = {"mode": "qstar", "heuristic": "exact_q"}
     if variant == "full":
-        c.update(
-            domain=("puzzle15",),
-            macro_depth=(1,),
-            batch_size=10_000,
-            train_steps=1_000_000,
-            B=1000,
-            w=0.8,
-        )
-        c.net.widths, c.net.blocks = (5000, 1000), 4
-        c.lr_decay = 0.9999993
-        c.max_nodes.puzzle15 = 1 << 24
-        c.arms = dict(
-            qstar=dict(target="q_bootstrap"),
-            astar_minq=dict(target="q_bootstrap", mode="astar", read="min_q"),
-        )
+        # 15-puzzle at the width of the paper family, bootstrapped: exact labels do not exist here.
+        c.update(domain=("puzzle15",), dedup=False, widths=(5000, 1000), blocks=4)
+        c.update(train_steps=1_000_000, train_batch=10_000, lr=1e-3, lr_decay=0.9999993)
+        c.update(w=0.8, B=20_000, node_limit=50_000_000, max_nodes=40_000_000, block=10)
+        c.update(net="q_bootstrap")
+        c.arms = {
+            "qstar": {"mode": "qstar", "heuristic": "q"},
+            "astar_minq": {"heuristic": "min_q"},
+            "greedy": {"heuristic": "min_q", "w": 0.0},
+            "admissible": {"heuristic": "admissible", "net": "none"},
+        }
     return c
 
 
 def sweep():
-    yield from grid({"w": (0.2, 0.6, 1.0), "B": (1, 10, 100), "stop": ("first", "bound")})
+    """What the counts depend on: weight, batch, stopping rule, ties, labels, target copies, net size."""
+    puzzle, lights = {"domain": (("puzzle8",),)}, {"domain": (("lightsout4",),)}
+    yield from grid(
+        {**puzzle, "w": (0.2, 0.6, 1.0), "B": (1, 10, 100, 1000), "stop": ("first", "bound")}
+    )
+    yield from grid({**lights, "tie": ("lifo", "fifo"), "w": (0.6, 1.0)})
+    yield from grid({**puzzle, "lookahead": (False, True), "prune_stale": (False, True)})
+    yield from grid({**lights, "target_sync": ("loss", "every"), "lr": (1e-3, 3e-3)})
+    yield from grid({"widths": ((128, 128), (512, 512)), "train_steps": (2000, 10_000)})

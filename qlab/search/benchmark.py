@@ -1,8 +1,7 @@
-"""An Experiment from one way of searching: learn its heuristic, then solve fixed instances.
+"""Search arms on fixed instances: train a heuristic per task, then count and time the searches.
 
-Per task a jitted phase trains the net (if the arm has one), and a host phase searches a block of the
-instances a step, with the wall clock taken after a warm-up search that compiles. Counts are exact and
-repeat bit for bit; clocks do not, and their state leaves are called wall.
+A task is one domain at one macro depth. All arms see the same instances, scrambles and keys; the clock
+is read on the host around a compiled block of searches, never around compilation.
 """
 
 from __future__ import annotations
@@ -19,144 +18,143 @@ from qlab.lab.experiment import Experiment, Phase
 from qlab.search.domains import Domain
 from qlab.search.driver import search_many
 from qlab.search.learning import Learner
+from qlab.search.problem import SOLVED, STATUS, Problem
 
-COUNTS = ("generated", "net_inputs", "iterations", "solved", "cost", "wall")
+COUNTS = ("num_generated", "num_net_inputs", "num_iters", "max_open", "cost", "status")
 
 
-class SearchTask(NamedTuple):
-    """One domain at one size of the action space.
-
+class Task(NamedTuple):
+    """
     Attributes:
-      name: of the task. family: tasks of one family are compared along the action axis.
-      domain: with its macro-actions. starts: states [N, ...]; the same for every arm and seed.
-      learner: trains the heuristic's parameters; None where nothing is learned.
-      heuristic: params -> what `search` takes.
-      options: of `search_many`.
+      label: "puzzle8_a52"; the first name part of the task's results.
+      domain: where it comes from. problem: what is searched; the domain's, or with another encoding.
+      learner: trains the net; None if the heuristic needs none.
+      heuristic: params (None without a learner) -> what `search` takes.
+      instances: start states [N, ...].
+      optimum: f32[N] exact costs, None if unknown.
+      options: keyword arguments of `search_many`.
     """
 
-    name: str
-    family: str
+    label: str
     domain: Domain
-    starts: jax.Array
+    problem: Problem
     learner: Learner | None
     heuristic: Callable[[Any], Any]
+    instances: np.ndarray
+    optimum: np.ndarray | None
     options: dict[str, Any]
 
 
-class TaskState(NamedTuple):
-    """learn: LearnState or an empty tuple. found: {count: f32[N]}, NaN where not searched yet."""
+def search_benchmark(tasks: Sequence[Task], *, train_steps: int, block: int) -> Experiment:
+    """One "train" phase per task with a learner, then a host phase that solves block after block.
 
-    learn: Any
-    found: dict[str, jax.Array]
-
-
-class BenchState(NamedTuple):
-    """step: i32[], blocks done over all tasks. tasks: one TaskState each."""
-
-    step: jax.Array
-    tasks: tuple[TaskState, ...]
-
-
-def search_benchmark(
-    tasks: Sequence[SearchTask], *, train_steps: int, num_blocks: int
-) -> Experiment[BenchState]:
-    """Every task: train_steps of its learner, then its instances in `num_blocks` host steps.
-
-    What a seed varies: the initial net and the states it is trained on. The instances are fixed.
-    Result metrics per task: generated and net_inputs (means over instances), time (seconds an
-    instance), solved (%), cost_gap (% over the optimum, of the solved ones), iterations. Per family:
-    generated_growth and time_growth from its smallest to its largest action space; arrays num_actions,
-    generated and time along that axis.
+    State: learn (a LearnState per task), result (counts f32[N] and wall f32[blocks] per task), next.
     """
+    for t in tasks:
+        if len(t.instances) % block:
+            raise ValueError(f"block={block} does not divide the {len(t.instances)} instances")
+    blocks = [(t, i) for t in tasks for i in range(0, len(t.instances), block)]
+    warm: set[str] = set()  # compiled in this process; not a part of the state
 
-    def init(key: jax.Array) -> BenchState:
-        empty = {name: jnp.full(tasks[0].starts.shape[0], jnp.nan) for name in COUNTS}
-        states = []
-        for i, task in enumerate(tasks):
-            learn = (
-                ()
-                if task.learner is None
-                else jax.jit(task.learner.init)(jax.random.fold_in(key, i))
+    def init(key: jax.Array) -> dict[str, Any]:
+        learn, result = {}, {}
+        for i, t in enumerate(tasks):
+            n = len(t.instances)
+            if t.learner is not None:
+                learn[t.label] = jax.jit(t.learner.init)(jax.random.fold_in(key, i))
+            result[t.label] = {name: jnp.zeros(n) for name in COUNTS}
+            result[t.label]["wall"] = jnp.zeros(n // block)
+        return {"learn": learn, "result": result, "next": jnp.int32(0)}
+
+    def train(label: str, learner: Learner):
+        def step(state):
+            learn, metrics = learner.step(state["learn"][label])
+            return {**state, "learn": {**state["learn"], label: learn}}, metrics
+
+        return step
+
+    def search_step(state):
+        at = int(state["next"])
+        task, first = blocks[at]
+        learned = state["learn"].get(task.label)
+        heuristic = task.heuristic(None if learned is None else learned.params)
+        starts = jnp.asarray(task.instances[first : first + block])
+
+        def run(**options):
+            return jax.block_until_ready(
+                search_many(task.problem, heuristic, starts, **{**task.options, **options})
             )
-            states.append(TaskState(learn, dict(empty)))
-        return BenchState(jnp.int32(0), tuple(states))
 
-    def replaced(state: BenchState, i: int, task: TaskState) -> BenchState:
-        return state._replace(tasks=(*state.tasks[:i], task, *state.tasks[i + 1 :]))
+        if task.label not in warm:
+            run(node_limit=0)  # compiles, and pops one batch a search
+            warm.add(task.label)
+        start = time.perf_counter()
+        found = run()
+        wall = time.perf_counter() - start
+        result = dict(state["result"][task.label])
+        for name in COUNTS:
+            value = np.array(result[name])
+            value[first : first + block] = np.asarray(getattr(found, name), np.float32)
+            result[name] = jnp.asarray(value)
+        walls = np.array(result["wall"])
+        walls[first // block] = wall / block
+        result["wall"] = jnp.asarray(walls)
+        results = {**state["result"], task.label: result}
+        metrics = {
+            "searched_generated": float(np.mean(found.num_generated)),
+            "searched_solved": 100 * float(np.mean(found.solved)),
+        }
+        return {**state, "result": results, "next": jnp.int32(at + 1)}, metrics
 
-    def train(i: int, learner: Learner) -> Phase[BenchState]:
-        def step(state: BenchState):
-            learn, metrics = learner.step(state.tasks[i].learn)
-            return replaced(state, i, state.tasks[i]._replace(learn=learn)), metrics
+    phases = [
+        Phase(f"train {t.label}", train_steps, train(t.label, t.learner))
+        for t in tasks
+        if t.learner is not None
+    ]
+    phases.append(Phase("search", len(blocks), search_step, loop="host"))
+    return Experiment(
+        init=init,
+        evaluate=lambda state: summary(tasks, state["result"]),
+        phases=tuple(phases),
+        jittable=False,
+    )
 
-        return Phase(f"train {tasks[i].name}", train_steps, step)
 
-    def solve(i: int, task: SearchTask, before: int) -> Phase[BenchState]:
-        size = -(-task.starts.shape[0] // num_blocks)
-        compiled: list[bool] = []
+def summary(tasks: Sequence[Task], result: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Means per task; per domain, growth from its first to its last task and arrays over actions.
 
-        def step(state: BenchState):
-            block = int(state.step) - before
-            learn, found = state.tasks[i]
-            heuristic = task.heuristic(learn.params if task.learner else None)
-            index = np.arange(block * size, min((block + 1) * size, task.starts.shape[0]))
-            starts = task.starts[jnp.asarray(np.resize(index, size))]  # the last block is filled up
-            if not compiled:
-                jax.block_until_ready(
-                    search_many(task.domain.problem, heuristic, starts, **task.options)
-                )
-                compiled.append(True)
-            begun = time.perf_counter()
-            r = jax.block_until_ready(
-                search_many(task.domain.problem, heuristic, starts, **task.options)
-            )
-            wall = (time.perf_counter() - begun) / size
-            values = {
-                "generated": r.num_generated,
-                "net_inputs": r.num_net_inputs,
-                "iterations": r.num_iters,
-                "solved": r.solved,
-                "cost": r.cost,
-                "wall": np.full(size, wall),
-            }
-            n = len(index)
-            found = {
-                k: found[k].at[index].set(jnp.asarray(v, jnp.float32)[:n])
-                for k, v in values.items()
-            }
-            state = replaced(state, i, TaskState(learn, found))._replace(step=state.step + 1)
-            return state, {"generated": float(values["generated"][:n].mean())}
-
-        return Phase(f"search {task.name}", num_blocks, step, "host")
-
-    phases = []
-    for i, task in enumerate(tasks):
-        if task.learner is not None:
-            phases.append(train(i, task.learner))
-        phases.append(solve(i, task, i * num_blocks))
-
-    optimum = [t.domain.distance(t.starts) if t.domain.distance else None for t in tasks]
-
-    def evaluate(state: BenchState) -> dict[str, jax.Array]:
-        out: dict[str, jax.Array] = {}
-        for task, (_, found), best in zip(tasks, state.tasks, optimum, strict=True):
-            solved = found["solved"] > 0
-            out[f"{task.name}/generated"] = found["generated"].mean()
-            out[f"{task.name}/net_inputs"] = found["net_inputs"].mean()
-            out[f"{task.name}/time"] = found["wall"].mean()
-            out[f"{task.name}/solved"] = 100.0 * solved.mean()
-            out[f"{task.name}/iterations"] = found["iterations"].mean()
-            if best is not None:
-                gap = jnp.where(solved, found["cost"] / best - 1.0, 0.0)
-                out[f"{task.name}/cost_gap"] = 100.0 * gap.sum() / jnp.maximum(solved.sum(), 1)
-        for family in dict.fromkeys(t.family for t in tasks):
-            names = [t.name for t in tasks if t.family == family]
-            for count in ("generated", "time"):
-                along = jnp.stack([out[f"{n}/{count}"] for n in names])
-                out[f"{family}/{count}_growth"] = along[-1] / along[0]
-                out[f"{family}_{count}"] = along
-            sizes = [float(t.domain.problem.num_actions) for t in tasks if t.family == family]
-            out[f"{family}_num_actions"] = jnp.asarray(sizes)
-        return out
-
-    return Experiment(init, evaluate, tuple(phases))
+    Means of counts and times are over all instances, those of costs over the solved ones.
+    """
+    out: dict[str, Any] = {}
+    rows: dict[str, list[tuple[int, float, float]]] = {}
+    for t in tasks:
+        r = {k: np.asarray(v, np.float64) for k, v in result[t.label].items()}
+        solved = r["status"] == SOLVED
+        scalars = {
+            "generated": r["num_generated"].mean(),
+            "net_inputs": r["num_net_inputs"].mean(),
+            "iterations": r["num_iters"].mean(),
+            "max_open": r["max_open"].mean(),
+            "time": r["wall"].mean(),
+            "solved": 100 * solved.mean(),
+            "cost": r["cost"][solved].mean() if solved.any() else np.nan,
+        }
+        if t.optimum is not None:
+            ratio = r["cost"][solved] / t.optimum[solved]
+            scalars["cost_gap"] = 100 * (ratio.mean() - 1) if solved.any() else np.nan
+            scalars["optimal"] = 100 * (ratio == 1).sum() / len(solved)
+        for code in range(SOLVED + 1, len(STATUS)):
+            if (r["status"] == code).any():
+                scalars[STATUS[code]] = 100 * (r["status"] == code).mean()
+        out |= {f"{t.label}/{k}": v for k, v in scalars.items()}
+        row = (t.problem.num_actions, scalars["generated"], scalars["time"])
+        rows.setdefault(t.domain.name, []).append(row)
+    for name, values in rows.items():
+        actions, generated, seconds = np.asarray(values).T
+        out[f"{name}_num_actions"] = actions
+        out[f"{name}_generated"] = generated
+        out[f"{name}_wall"] = seconds
+        if len(values) > 1:
+            out[f"{name}/generated_growth"] = generated[-1] / generated[0]
+            out[f"{name}/time_growth"] = seconds[-1] / seconds[0]
+    return {k: np.asarray(v, np.float32) for k, v in out.items()}

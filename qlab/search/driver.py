@@ -306,7 +306,7 @@ def search(
         cheapest of its batch; with w = 1 and B = 1 optimal if h <= h*, or c <= Q <= c + h*.
         "bound": the best goal found, once w times its cost is at most the largest of the smallest
         priorities popped; with w = 1 optimal for every B if h <= h*, or Q <= c + h*.
-      tie: equal f pops larger g first, then the latest or the earliest entry.
+      tie: of equal f, "lifo" pops larger g first and then the latest entry, "fifo" the earliest entry.
       max_nodes: distinct states stored before the search ends as "table_full".
       **options: of `plan.make_plan`: max_rows, max_length, eval_chunk, lookahead, prune_stale,
         max_bytes; and node_limit, generated nodes before it ends as "node_limit".

@@ -63,7 +63,10 @@ def oracle_search(
         f = np.broadcast_to(w * cost + value, (num_actions,)) if edges else [w * cost + value]
         for a, fa in enumerate(f):
             if fa < np.inf:
-                heapq.heappush(heap, (fa, -cost, sign * (rows * len(f) + a), node, a, cost))
+                heapq.heappush(
+                    heap,
+                    (fa, -cost if tie == "lifo" else 0, sign * (rows * len(f) + a), node, a, cost),
+                )
         rows += 1
 
     def child(node: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ pop walks down from the top with a beam of k blocks and a push refreshes only th
 no operation reads the whole queue. This is exact because each of the k best entries lies in a block
 whose own best is among the k best of its level.
 
-Order: smaller f, then larger g, then later ("lifo") or earlier ("fifo") written.
+Order: smaller f, then with "lifo" larger g and later written, with "fifo" earlier written.
 Letters: R rows, W entries a row, k popped at once, c entries a block.
 """
 
@@ -111,17 +111,18 @@ def _kth_smallest(u: jax.Array, mask: jax.Array, k: jax.Array, skip: jax.Array) 
 
 
 def select(f: jax.Array, g: jax.Array, k: int, lifo: bool) -> tuple[jax.Array, jax.Array]:
-    """Indices i32[k] of the k best of f32[n] by (f, -g, index), in index order, and which of them exist.
+    """Indices i32[k] of the k best of f32[n], in index order, and which of them exist.
 
-    Non-existing ones (fewer than k finite f) come last with index 0.
+    Best is by (f, -g, -index), or by (f, index) without lifo. Non-existing ones (fewer than k finite f)
+    come last with index 0.
     """
     n = f.shape[0]
     index = jnp.arange(n, dtype=jnp.int32)
     if k == 1:
         best_f = f.min()
         tied = f == best_f
-        best_g = jnp.where(tied, g, -INF).max()
-        tied &= g == best_g
+        if lifo:
+            tied &= g == jnp.where(tied, g, -INF).max()
         i = jnp.where(tied, index, -1).max() if lifo else jnp.where(tied, index, n).min()
         exists = best_f < INF
         return jnp.where(exists, i, 0)[None], exists[None]
@@ -130,11 +131,12 @@ def select(f: jax.Array, g: jax.Array, k: int, lifo: bool) -> tuple[jax.Array, j
     cut = _kth_smallest(u, finite, jnp.int32(k), few)
     below, tied = finite & (u < cut), finite & (u == cut)
     need = k - jnp.sum(below, dtype=jnp.int32)
-    v = sortable(-g)
-    cut_g = _kth_smallest(v, tied, need, jnp.sum(tied, dtype=jnp.int32) <= need)
-    below |= tied & (v < cut_g)
-    tied &= v == cut_g
-    need = k - jnp.sum(below, dtype=jnp.int32)
+    if lifo:
+        v = sortable(-g)
+        cut_g = _kth_smallest(v, tied, need, jnp.sum(tied, dtype=jnp.int32) <= need)
+        below |= tied & (v < cut_g)
+        tied &= v == cut_g
+        need = k - jnp.sum(below, dtype=jnp.int32)
     rank = jnp.cumsum(tied.astype(jnp.int32))
     chosen = below | (tied & ((rank > rank[-1] - need) if lifo else (rank <= need)))
     (i,) = jnp.nonzero(chosen, size=k, fill_value=0)

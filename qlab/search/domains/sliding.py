@@ -66,14 +66,16 @@ def sliding(n: int, macro_depth: int = 1, dedup: bool = True) -> Problem:
 
 def scramble(key: jax.Array, n: int, k: jax.Array, k_max: int) -> jax.Array:
     """The goal after k <= k_max random base moves (illegal ones do nothing): u8[n * n]."""
+    # Four actions: two bits of a random byte.
+    actions = (jax.random.bits(key, (k_max,), jnp.uint8) & 3).astype(jnp.int32)
+    moves = jnp.arange(k_max), actions
+    if n == 3:  # all states are known: walk on their numbers, one lookup a move
+        to, states = jnp.asarray(neighbours()), jnp.asarray(distances()[1])
+        walk = lambda at, x: (jnp.where(x[0] < k, to[at, x[1]], at), None)  # noqa: E731
+        return states[jax.lax.scan(walk, jnp.int32(0), moves)[0]]
     p = sliding(n)
-    actions = jax.random.randint(key, (k_max,), 0, 4)
-
-    def body(s, x):
-        i, a = x
-        return jnp.where(i < k, p.next_state(s, a), s), None
-
-    return jax.lax.scan(body, goal_state(n), (jnp.arange(k_max), actions))[0]
+    move = lambda s, x: (jnp.where(x[0] < k, p.next_state(s, x[1]), s), None)  # noqa: E731
+    return jax.lax.scan(move, goal_state(n), moves)[0]
 
 
 @functools.cache
@@ -138,3 +140,20 @@ def distances() -> tuple[np.ndarray, np.ndarray]:
         if len(layer):
             layers.append(layer)
     return dist, np.concatenate(layers)
+
+
+@functools.cache
+def neighbours() -> np.ndarray:
+    """i32[181440, 4]: the number of the state after each move, states numbered as in `distances`."""
+    states = distances()[1]
+    number = np.zeros(362880, np.int32)
+    number[_rank_np(states)] = np.arange(len(states))
+    at, lines = states.argmin(1), np.arange(len(states))
+    out = np.zeros((len(states), 4), np.int32)
+    for a in range(4):
+        to = _targets(3)[at, a]
+        child = states.copy()
+        child[lines, at] = states[lines, to]
+        child[lines, to] = 0
+        out[:, a] = number[_rank_np(child)]
+    return out
