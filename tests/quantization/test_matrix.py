@@ -11,8 +11,8 @@ from qlab.quantization.matrix import METHODS
 
 
 def problem(shape=(8, 16)):
-    w = jax.random.normal(jax.random.key(0), shape)
-    return w, jax.random.normal(jax.random.key(1), (64, shape[1])).cumsum(1)
+    w = jax.random.normal(jax.random.key(1), shape)
+    return w, jax.random.normal(jax.random.key(11), (64, shape[1])).cumsum(1)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "rtn"])
@@ -28,7 +28,7 @@ def test_methods_lower_the_output_error(method):
     report = layer_report(w, qt, x)
     assert report["mse"] == pytest.approx(mse, rel=1e-3)
     assert report["nearest_mse"] == pytest.approx(near_mse, rel=1e-3)
-    assert report["mse_ratio"] < 0.95
+    assert report["mse_ratio"] < 0.8
 
 
 def test_shapes_scales_and_columns_that_no_group_divides():
