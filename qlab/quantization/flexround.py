@@ -1,6 +1,6 @@
 """FlexRound: learn a divisor for every weight (Lee et al., ICML 2023, arXiv 2306.00317), and its low-rank LRQ.
 
-    w_hat = s1 (clip(round(w / (s1 S2 s3 s4)) + z, q_min, q_max) - z)          (eq. 2 and 3 of the paper)
+    w_hat = s1 (clip(round(w / (s1 S2 s3 s4)) + z, q_min, q_max) - z)
 
 The dequantisation multiplies by s1 alone: S2, s3, s4 only move integers and vanish at deployment.
 In log space d w_hat / d log S2 = -w / (S2 s3) inside the clip range: large weights move further.

@@ -168,7 +168,7 @@ def post_training(
     def make_step(g: int) -> Callable[[State], tuple[State, dict[str, jax.Array]]]:
         plan = plans[g]
         within = chain.pre[plan.layers[1][0]] if len(plan.layers) > 1 else None
-        onward = chain.pre[max(plan.layers[-1]) + 1] if g + 1 < len(plans) else None
+        onward = chain.pre[plans[g + 1].layers[0][0]] if g + 1 < len(plans) else None
 
         def one_task(key, group: Group, i, local):
             """A round of one task; i = unit within the group, local = round within the unit."""
