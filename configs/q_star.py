@@ -80,9 +80,9 @@ def get_config(variant: str = "") -> ConfigDict:
         c.arms.qstar = {"mode": "qstar", "heuristic": "exact_q"}
     if variant == "full":
         # 15-puzzle at the width of the paper family, bootstrapped: exact labels do not exist here.
-        c.update(domain=("puzzle15",), dedup=False, widths=(5000, 1000), blocks=4)
+        c.update(domain=("puzzle15",), macro_depth=(1,), widths=(5000, 1000), blocks=4)
         c.update(train_steps=1_000_000, train_batch=10_000, lr=1e-3, lr_decay=0.9999993)
-        c.update(w=0.8, B=20_000, node_limit=50_000_000, max_nodes=40_000_000, block=10)
+        c.update(w=0.8, B=20_000, node_limit=50_000_000, max_nodes=20_000_000, block=10)
         c.update(net="q_bootstrap")
         c.arms = {
             "qstar": {"mode": "qstar", "heuristic": "q"},

@@ -167,7 +167,10 @@ def insert(t: Table, words: jax.Array, valid: jax.Array) -> tuple[Table, jax.Arr
     def probe_all(carry, h, step, words, claim):
         slots, stored, probe, todo, node, at = carry
         slot = _slot(t, h, step, probe)
-        slots = slots.at[jnp.where(todo, slot, num_slots)].min(claim, mode="drop")
+        # Only free slots are claimed: a smaller claim must not take one that went in an earlier round.
+        free = slots[slot] >= t.base + t.words.shape[0]
+        to = pin(jnp.where(todo & free, slot, num_slots), probe.astype(jnp.int32))
+        slots = slots.at[to].min(claim, mode="drop")
         now = slots[slot] - t.base
         same = todo & (stored[jnp.where(todo, now, 0)] == words).all(1)
         node, at = jnp.where(same, now, node), jnp.where(same, slot, at)
