@@ -6,13 +6,14 @@ import jax
 import optax
 
 from qlab import data
-from qlab.lab.experiment import Claim, Experiment, Figure, Metric
+from qlab.lab.experiment import Claim, Experiment, Figure
 from qlab.nn import zoo
 from qlab.nn.chain import inject_outliers
 from qlab.quantization import adaquant, adaround, flexround, lrq, methods
 from qlab.quantization.post_training import post_training
-from qlab.quantization.tasks import Task
+from qlab.quantization.tasks import METRICS, Task, with_repeats
 
+__all__ = ["CLAIMS", "FIGURES", "METRICS", "build"]
 PAPER = "Lee et al., ICML 2023"
 CELLS = tuple(
     f"w{b}_{g}{twin}" for twin in ("", "_twin") for g in ("tensor", "channel") for b in (2, 3, 4)
@@ -62,26 +63,6 @@ CLAIMS = (
     ),
 )
 
-METRICS = {
-    "accuracy": Metric("%", "higher", "test accuracy of the quantized net"),
-    "fp_accuracy": Metric("%", "none", "test accuracy of the float net"),
-    "mse_ratio": Metric(
-        "", "lower", "layer error over that of rounding to nearest (geometric mean)"
-    ),
-    "moved": Metric("%", "none", "weights one or more grid steps from the nearest"),
-    "moved2": Metric("%", "none", "weights two or more grid steps from the nearest"),
-    "stored_bits": Metric("bits", "lower", "per weight, scales and zero points included"),
-    "bytes": Metric("B", "lower", "packed weights with scales and zero points"),
-    "fallbacks": Metric("", "lower", "layers whose Hessian needed more damping than asked for"),
-    "sites_total": Metric("", "none", "layers"),
-    "variance_method": Metric(
-        "pt^2", "none", "its mean over seeds: variance from the method's key"
-    ),
-    "variance_calibration_and_method": Metric(
-        "pt^2", "none", "the same with a fresh calibration draw"
-    ),
-}
-
 FIGURES = (
     Figure("Test accuracy", "bars", "accuracy", ylabel="%"),
     Figure("Layer error against rounding to nearest", "bars", "mse_ratio", logy=True),
@@ -102,8 +83,7 @@ def tasks(c) -> list[Task]:
         for kind in c.granularities
         for bits in c.bits
     ]
-    anchor = [t for t in cells if t.name == c.anchor]
-    return cells + [t._replace(run=1) for t in anchor] + [t._replace(draw=1, run=2) for t in anchor]
+    return with_repeats(cells, c.anchor)
 
 
 def method(c) -> methods.Method:

@@ -7,6 +7,28 @@ from typing import Any, NamedTuple
 
 import jax
 
+from qlab.lab.experiment import Metric
+
+METRICS = {
+    "accuracy": Metric("%", "higher", "test accuracy of the quantized net"),
+    "fp_accuracy": Metric("%", "none", "test accuracy of the float net"),
+    "mse_ratio": Metric(
+        "", "lower", "layer error over that of rounding to nearest (geometric mean)"
+    ),
+    "moved": Metric("%", "none", "weights one or more grid steps from the nearest"),
+    "moved2": Metric("%", "none", "weights two or more grid steps from the nearest"),
+    "stored_bits": Metric("bits", "lower", "per weight, scales and zero points included"),
+    "bytes": Metric("B", "lower", "packed weights with scales and zero points"),
+    "fallbacks": Metric("", "lower", "layers whose Hessian needed more damping than asked for"),
+    "sites_total": Metric("", "none", "layers"),
+    "variance_method": Metric(
+        "pt^2", "none", "its mean over seeds: variance from the method's key"
+    ),
+    "variance_calibration_and_method": Metric(
+        "pt^2", "none", "the same with a fresh calibration draw"
+    ),
+}
+
 
 class Task(NamedTuple):
     """One cell of the table: which net at how many bits. `draw` and `run` > 0 repeat a cell afresh."""
@@ -17,6 +39,16 @@ class Task(NamedTuple):
     net: str = "plain"
     draw: int = 0  # calibration draw
     run: int = 0  # method key
+
+
+def with_repeats(cells: Sequence[Task], anchor: str) -> list[Task]:
+    """The cells, then cell `anchor` with a fresh method key, and with a fresh draw and key.
+
+    >>> [(t.name, t.draw, t.run) for t in with_repeats([Task("w2", 2, "channel")], "w2")]
+    [('w2', 0, 0), ('w2', 0, 1), ('w2', 1, 2)]
+    """
+    home = [t for t in cells if t.name == anchor]
+    return [*cells, *(t._replace(run=1) for t in home), *(t._replace(draw=1, run=2) for t in home)]
 
 
 def storage(
