@@ -82,7 +82,7 @@ def get_config(variant: str = "") -> ConfigDict:
         # One shape for all tasks and fewer arms: compilation is nearly all of the time.
         c.update(seeds=2, tasks=("bandit", "chain", "separable"), bandit_bins=3, bandit_contexts=5)
         c.update(updates=400, num_logged=500, hidden=(32,), log_points=20)
-        for arm in ("independent_scalar", "bc"):
+        for arm in ("no_ar", "independent_scalar", "bc"):
             del c.arms[arm]
     if variant == "full":
         # The parent's network and more of everything; D4RL and RLBench themselves are not in this lab.
