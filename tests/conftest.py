@@ -3,6 +3,7 @@
 import datetime
 import os
 import shutil
+import sys
 import zlib
 from pathlib import Path
 
@@ -25,6 +26,14 @@ def pytest_collection_modifyitems(config, items):
         turn = zlib.crc32(item.nodeid.encode()) % 3 == day % 3
         if "slow" in item.keywords and (config.getoption("--fast") or not turn):
             item.add_marker(pytest.mark.skip(reason="slow: another day's turn, or --slow"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """A session compiles thousands of small programs; kept all, they take gigabytes."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
 
 
 @pytest.fixture
