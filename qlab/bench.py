@@ -26,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent / "benches"
 _EPILOG = """\
 examples:
   python -m qlab.bench --list
-  python -m qlab.bench runner                 about five minutes
+  python -m qlab.bench runner                 two to eight minutes each
   python -m qlab.bench runner search --quick  at most 40 s each
 
 Contestants are timed in one process, a repetition of each in turn, so that what slows the machine

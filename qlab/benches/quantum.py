@@ -5,7 +5,8 @@ the Ising ring as observable, value and gradient in double precision. Contestant
     ptm            qlab.quantum.noisy_expval, its fast path
     default.mixed  PennyLane with JAX backpropagation, rotations as QubitUnitary (the form that
                    compiles fastest), noise as QubitChannel
-    density        a density matrix by hand in plain JAX, rotations fused with their noise: the bound
+    density        a density matrix by hand in plain JAX, rotations fused with their noise: the yardstick
+                   (no bound: Pauli-transfer matrices move half the bytes)
     aer            Qiskit Aer's density-matrix method with the parameter-shift rule, where installed
 All must agree with ptm in value and gradient; one that does not is reported as failed.
 """

@@ -47,13 +47,13 @@ def measure(
     room = {
         "table": (plan.max_nodes - rows) // k,
         "pop": int(w.queue.num_open) // b,
-        "push": (plan.max_rows - int(w.queue.rows)) // k,
+        "push": (plan.max_rows - int(w.queue.rows)) // (k + plan.chunk),
     }
     # One call to compile, and one a repetition, all on the same arrays.
     iters = {part: max(1, min(200, n // (repetitions + 1))) for part, n in room.items()}
     iters |= {"expand": max(1, 10**6 // k), "heuristic": max(1, 10**6 // k)}
     valid = jnp.ones(k, bool)
-    pieces = [(at, min(plan.chunk, k - at)) for at in range(0, k, plan.chunk)]
+    pieces = -(-k // plan.chunk)
 
     def children(words, i):
         parent = (i * b + jnp.arange(b)) * SPREAD % rows
@@ -65,27 +65,33 @@ def measure(
 
     def part_heuristic(words, i):
         new, cost, _ = children(words, i)
-        total = new.sum(dtype=jnp.uint32).astype(jnp.float32) + cost.sum()
-        for at, n in pieces:
-            total += heuristic(jax.vmap(p.encode)(unpack(new[at : at + n], plan.state))).sum()
-        return words, total
 
-    def part_table(table, i):
+        def piece(j, total):
+            some = jax.lax.dynamic_slice_in_dim(new, j * plan.chunk, plan.chunk)
+            return total + heuristic(jax.vmap(p.encode)(unpack(some, plan.state))).sum()
+
+        return words, jax.lax.fori_loop(0, pieces, piece, cost.sum())
+
+    def part_table(state, i):
+        table, parent_g = state  # as in a search, where the entries carry the g of the parents
         new, cost, parent = children(table.words, i)
-        g = table.g[parent] + cost
+        g = parent_g[parent] + cost
         table, node, _ = insert(table, new, valid)
         table, win = relax(table, node, g, parent, jnp.zeros(k, jnp.int32), valid)
-        return table, win.sum().astype(jnp.float32)
+        return (table, parent_g), win.sum().astype(jnp.float32)
 
     def part_pop(queue, i):
         queue, entry, _, f = pop(queue, plan.queue, b, plan.tie == "lifo")
         return queue, entry.sum() + f[0]
 
     def part_push(queue, i):
-        for at, n in pieces:
-            f = (40 + (i + at + jnp.arange(n * plan.queue.width)) % 16).astype(jnp.float32)
-            f = f.reshape(n, plan.queue.width)
-            queue = push(queue, plan.queue, f, f[:, 0], jnp.arange(n), jnp.int32(n))
+        n, width = plan.chunk, plan.queue.width
+
+        def piece(j, queue):
+            f = (40 + (i + j + jnp.arange(n * width)) % 16).astype(jnp.float32).reshape(n, width)
+            return push(queue, plan.queue, f, f[:, 0], jnp.arange(n), jnp.int32(n))
+
+        queue = jax.lax.fori_loop(0, pieces, piece, queue)
         return queue, queue.num_open.astype(jnp.float32)
 
     def copied(tree):
@@ -94,7 +100,7 @@ def measure(
     clock = {
         "expand": _clock(part_expand, jnp.copy(w.table.words), iters["expand"]),
         "heuristic": _clock(part_heuristic, jnp.copy(w.table.words), iters["heuristic"]),
-        "table": _clock(part_table, copied(w.table), iters["table"]),
+        "table": _clock(part_table, (copied(w.table), jnp.copy(w.table.g)), iters["table"]),
         "pop": _clock(part_pop, copied(w.queue), iters["pop"]),
         "push": _clock(part_push, w.queue, iters["push"]),
     }
