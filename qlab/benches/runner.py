@@ -36,6 +36,7 @@ METRICS = {
     "step_ms": Metric("ms", "lower", "one step of all seeds"),
     "step_overhead": Metric("%", "lower", "step_ms over that of bare"),
     "window_ms": Metric("ms", "lower", "host time of one log window"),
+    "window_cpu_ms": Metric("ms", "lower", "processor time of it, little disturbed by others"),
     "seconds": Metric("s", "lower", "wall time of a whole phase"),
     "overhead": Metric("%", "lower", "seconds over those of bare"),
     "save_s": Metric("s", "lower", "one checkpoint"),
@@ -158,7 +159,12 @@ def overhead(task: str, s: dict[str, Any], tell: Tell) -> list[Number]:
     def whole() -> Sample:
         t = run_arm(exp, s["seeds"])
         host = t["loop"] - t["chunks"]
-        return {"seconds": t["loop"], "window_ms": 1e3 * host / max(t["windows"], 1)}
+        windows = max(t["windows"], 1)
+        return {
+            "seconds": t["loop"],
+            "window_ms": 1e3 * host / windows,
+            "window_cpu_ms": 1e3 * t["cpu"] / windows,
+        }
 
     numbers += interleave(
         {"bare": lambda: {"seconds": bare_seconds(fresh, run, num_steps)}, "runner": whole},
