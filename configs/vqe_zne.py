@@ -25,6 +25,8 @@ from ml_collections import ConfigDict
 
 from qlab.lab.config import base, grid
 
+VARIANTS = ("", "smoke", "device", "full")
+
 CONVENTIONS = {
     "lam1_over_lam2": (0.1,),  # one-qubit gates ten times better, as on devices
     "noise_convention": ("pauli_p",),  # the swept number read as the Pauli error probability
