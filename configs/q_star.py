@@ -8,7 +8,8 @@ most one net input a pop, where A* generates and evaluates all children.
 Here: 8-puzzle (181,440 states) and Lights Out 4 x 4 (4,096 reachable states) with macro-actions of up to
 1, 2, 3 base moves at cost 1: 4, 16, 52 and 16, 136, 696 actions. 100 fixed instances, uniform over all
 states; exact costs from breadth-first search and GF(2) elimination. For every arm: weight 0.6, one entry
-popped at once, first goal, equal priorities larger g first and then the latest.
+popped at once, first goal, equal priorities larger g first and then the latest, entries whose node was
+reached more cheaply since are skipped.
 Nets: two layers of 128, 2000 updates of 256 states scrambled by U{0..k_max} base moves; the same layers,
 states, updates and step size for all. Labels are exact: h*(s), or Q*(s, a) for every a (net="q_taken":
 for one drawn action, as in the paper's loss; then Q falls behind at many actions). qstar_bootstrap has no
@@ -45,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
         node_limit=1_000_000,
         max_nodes=2_000_000,  # distinct states stored; no more than a domain has
         lookahead=False,  # edge modes: drop edges to stored states when pushing (generates all children)
-        prune_stale=False,  # skip entries whose node was reached more cheaply since
+        prune_stale=True,  # skip entries whose node was reached more cheaply since
         eval_states=100,
         block=50,  # instances per timed call
         instance_seed=2021,

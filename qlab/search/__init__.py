@@ -18,7 +18,7 @@ A user's own domain takes a few lines. Here: turn one number into another with t
     >>> start = jnp.array([10], jnp.int32)
     >>> r = search(numbers, zero, start, jax.random.key(0), mode="astar", max_nodes=64)
     >>> status_name(r.status), float(r.cost), r.path[r.path >= 0].tolist()
-    ('solved', 5.0, [0, 0, 0, 1, 2])
+    ('solved', 6.0, [0, 0, 0, 1, 2])
 
 For Q* the heuristic returns one value per action (transition cost included); see `search`.
 """

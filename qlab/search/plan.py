@@ -85,7 +85,7 @@ def make_plan(
     >>> import jax.numpy as jnp
     >>> from qlab.search.domains.sliding import sliding
     >>> make_plan(sliding(4), jax.ShapeDtypeStruct((16,), jnp.uint8), "qstar", max_nodes=1 << 20).describe()
-    '77.2 MiB: table 48.0 MiB (max_nodes=1048576), queue 29.2 MiB (max_rows=1310721 rows of 4)'
+    '88.6 MiB: table 48.0 MiB (max_nodes=1048576), queue 40.6 MiB (max_rows=1310721 rows of 4)'
     """
     allowed = {
         "mode": (mode, ("astar", "astar_deferred", "qstar")),
