@@ -78,7 +78,7 @@ def get_config(variant: str = "") -> ConfigDict:
         c.update(net="none", heuristic="exact_h")
         for arm in ("qstar_bootstrap", "astar_minq", "greedy", "admissible"):
             del c.arms[arm]
-        c.arms.qstar = {"mode": "qstar", "heuristic": "exact_q"}
+        c.arms["qstar"] = {"mode": "qstar", "heuristic": "exact_q"}
     if variant == "full":
         # 15-puzzle at the width of the paper family, bootstrapped: exact labels do not exist here.
         c.update(domain=("puzzle15",), macro_depth=(1,), widths=(5000, 1000), blocks=4)
