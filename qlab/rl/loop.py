@@ -94,7 +94,7 @@ def offline_rl(
         ):
             one = jax.tree.map(lambda x: x[0], (g.context, agent))
             names = jax.eval_shape(lambda c, a, g=g: g.score(c, a, key), *one)
-            sums = {n: np.zeros(len(g.names), np.float32) for n in names}
+            sums = {n: np.zeros(len(g.names), x.dtype) for n, x in names.items()}
             states.append(GroupState(agent, data, context, sums))
         return OfflineState(key, jnp.int32(0), tuple(states))
 

@@ -231,7 +231,7 @@ def run(
     words = pack(start[None])
     table, node, new = insert(table, jnp.repeat(words, plan.slack, 0), jnp.arange(plan.slack) < 1)
     none = jnp.full(1, -1, jnp.int32)
-    table, _ = relax(table, node[:1], jnp.zeros(1), none, none, new[:1])
+    table, _ = relax(table, node[:1], jnp.zeros(1, jnp.float32), none, none, new[:1])
     at_goal = p.is_goal(start)
     w = w._replace(
         table=table,
@@ -248,7 +248,7 @@ def run(
         goal=zero,
         logged=zero,
     )
-    w = _push_new(p, heuristic, plan, w, words, jnp.zeros(1), zero[None], ~at_goal[None], weight)
+    w = _push_new(p, heuristic, plan, w, words, jnp.zeros(1, jnp.float32), zero[None], ~at_goal[None], weight)
     step = functools.partial(_iteration, p, heuristic, plan, weight, node_limit)
     w = jax.lax.while_loop(lambda w: w.status == P.RUNNING, step, w)
     solved = w.status == P.SOLVED

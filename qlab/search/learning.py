@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qlab.search.domains import Domain
+from qlab.search.domains import Domain, exact_q
 from qlab.search.nets import net_apply, net_init
 
 Target = Literal["h", "q", "q_taken", "q_bootstrap"]
@@ -37,12 +37,9 @@ class Learner(NamedTuple):
 
 
 def sample(domain: Domain, key: jax.Array, n: int, k_max: int) -> tuple[jax.Array, jax.Array]:
-    """n scrambled states and an action for each."""
-    k_len, k_state, k_action = jax.random.split(key, 3)
-    lengths = jax.random.randint(k_len, (n,), 0, k_max + 1)
-    states = jax.vmap(lambda key, k: domain.scramble(key, k, k_max))(
-        jax.random.split(k_state, n), lengths
-    )
+    """n states scrambled by U{0..k_max} moves, and an action for each."""
+    k_state, k_action = jax.random.split(key)
+    states = domain.scrambles(k_state, n, k_max)
     return states, jax.random.randint(k_action, (n,), 0, domain.problem.num_actions)
 
 
@@ -70,10 +67,11 @@ def learner(
     sync_loss: float = 0.1,
     sync_every: int = 100,
 ) -> Learner:
-    """Mean squared error on one value a state.
+    """Mean squared error on one value a state ("q": on all A).
 
     Args:
-      kind: "h": exact h*(s), one head. "q": exact Q*(s, a) of the drawn action. "q_bootstrap": `q_target`.
+      kind: "h": exact h*(s), one head. "q": exact Q*(s, a) of every action, "q_taken": of one drawn
+        action. "q_bootstrap": `q_target` of one drawn action.
       lr, lr_decay: Adam's step size is lr * lr_decay ** step.
       target_sync: copy the target net when the running loss is below sync_loss (and at least 20
         updates have passed, so that it is a loss against this target), or every sync_every updates.
@@ -82,6 +80,7 @@ def learner(
     if kind != "q_bootstrap" and domain.distance is None:
         raise ValueError(f"{domain.name} has no exact distances: use the target 'q_bootstrap'")
     optimizer = optax.adam(optax.exponential_decay(lr, 1, lr_decay))
+    table = exact_q(domain) if kind == "q" else None  # here: not while a step is traced
     heads = 1 if kind == "h" else p.num_actions
 
     def init(key: jax.Array) -> LearnState:
@@ -101,11 +100,8 @@ def learner(
         if kind == "q_taken":
             after = jax.vmap(p.next_state)(states, actions)
             return jax.vmap(p.cost)(states, actions) + domain.distance(after)
-        every = jnp.arange(p.num_actions, dtype=jnp.int32)
-        after = jax.vmap(lambda s: jax.vmap(lambda a: p.next_state(s, a))(every))(states)
-        cost = jax.vmap(lambda s: jax.vmap(lambda a: p.cost(s, a))(every))(states)
-        ahead = domain.distance(after.reshape(-1, *states.shape[1:]))
-        return cost + ahead.reshape(cost.shape)
+        assert domain.number is not None and table is not None
+        return jnp.asarray(table)[domain.number(states)].astype(jnp.float32)
 
     def step(state: LearnState):
         states, actions = sample(domain, jax.random.fold_in(state.key, state.step), batch, k_max)

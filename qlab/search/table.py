@@ -160,7 +160,7 @@ def insert(t: Table, words: jax.Array, valid: jax.Array) -> tuple[Table, jax.Arr
     step |= jnp.uint32(1)
     # Every state first gets a provisional node, size + its place in the batch, so that a claimed slot
     # can be compared like any other; the smallest claim stays, older nodes are smaller still.
-    stored = jax.lax.dynamic_update_slice(t.words, words, (t.size, 0))
+    stored = jax.lax.dynamic_update_slice(t.words, words, (t.size, jnp.int32(0)))
     claim = t.base + t.size + jnp.arange(k, dtype=jnp.int32)
     num_slots = t.slots.shape[0]
 
@@ -208,8 +208,8 @@ def insert(t: Table, words: jax.Array, valid: jax.Array) -> tuple[Table, jax.Arr
     put = jax.lax.dynamic_update_slice
     table = t._replace(
         slots=slots,
-        words=put(stored, words, (size, 0)),
-        g=put(t.g, jnp.full(k, jnp.inf), (size,)),
+        words=put(stored, words, (size, jnp.int32(0))),
+        g=put(t.g, jnp.full(k, jnp.inf, t.g.dtype), (size,)),
         size=size + count,
     )
     return table, node, is_new

@@ -6,7 +6,5 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def x64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+    with jax.enable_x64(True):
+        yield

@@ -14,11 +14,11 @@ LAMS = np.arange(1, 11) / 100  # NumPy: made before float64 is switched on
 @pytest.fixture(scope="module")
 def ladder():
     """The circuit theta_k = 0.1 k, k = 1..18, n = 3, L = 2, Z^3: E at LAMS and at 0."""
-    jax.config.update("jax_enable_x64", True)
-    theta = 0.1 * (1 + jnp.arange(18.0)).reshape(3, 2, 3)
-    e = jax.jit(jax.vmap(lambda l: noisy_expval(theta, l, l, hm.zn(3))))(
-        jnp.concatenate([jnp.zeros(1), LAMS])
-    )
+    with jax.enable_x64(True):  # a module's fixture comes before the folder's
+        theta = 0.1 * (1 + jnp.arange(18.0)).reshape(3, 2, 3)
+        e = jax.jit(jax.vmap(lambda l: noisy_expval(theta, l, l, hm.zn(3))))(
+            jnp.concatenate([jnp.zeros(1), LAMS])
+        )
     return np.asarray(e[1:]), float(e[0])
 
 

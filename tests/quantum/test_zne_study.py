@@ -26,11 +26,8 @@ KEY = jax.random.key(3)
 
 @pytest.fixture(scope="module")
 def curves():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    out = zne_study.make_curves(KEY, SPEC)
-    jax.config.update("jax_enable_x64", before)
-    return out
+    with jax.enable_x64(True):
+        return zne_study.make_curves(KEY, SPEC)
 
 
 def thetas_of(name):

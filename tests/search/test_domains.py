@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlab.search.domains import domain, exact, lights_out, sliding
+from qlab.search.domains import domain, exact, exact_q, lights_out, sliding
 from qlab.search.problem import macro_words, with_macros
 
 LAYERS = (1, 2, 4, 8, 16, 20, 39, 62, 116, 152, 286)
@@ -45,14 +45,53 @@ def test_moves_of_the_8_puzzle_give_the_table():
     found = brute_force(sliding.sliding(3), np.asarray(sliding.goal_state(3)), 12)
     for name, d in found.items():
         s = np.frombuffer(name, np.uint8)
-        assert dist[int(sliding._rank_np(s[None])[0])] == d
+        assert dist[int(sliding.ranks(s[None])[0])] == d
     assert len(found) == (dist[dist >= 0] <= 12).sum()
+
+
+def test_the_law_of_scrambles_is_that_of_walking():
+    """Every word of <= 4 moves by hand, and 4000 walked scrambles against the law at k_max = 60."""
+    move = jax.jit(jax.vmap(sliding.sliding(3).next_state))
+    dist, states = sliding.distances()
+    want = np.zeros(len(states))
+    row = {s.tobytes(): i for i, s in enumerate(states[:100])}
+    for k in range(5):
+        words = np.array(list(itertools.product(range(4), repeat=k)), np.int32).reshape(4**k, k)
+        at = jnp.tile(sliding.goal_state(3), (len(words), 1))
+        for a in words.T:
+            at = move(at, jnp.asarray(a))
+        for s in np.asarray(at):
+            want[row[s.tobytes()]] += 1 / len(words) / 5
+    np.testing.assert_allclose(sliding.walk_law(4), want, atol=1e-15)
+
+    law, n = sliding.walk_law(60), 4000
+    assert law.sum() == pytest.approx(1)
+    ks = jax.random.randint(jax.random.key(0), (n,), 0, 61)
+    keys = jax.random.split(jax.random.key(1), n)
+    walked = jax.vmap(lambda key, k: sliding.scramble(key, 3, k, 60))(keys, ks)
+    drawn = domain("puzzle8").scrambles(jax.random.key(2), n, 60)
+    depth = dist[sliding.ranks(states)]
+    p = np.bincount(depth, law)
+    for sample in (walked, drawn):
+        count = np.bincount(dist[sliding.ranks(np.asarray(sample))], minlength=32)
+        chi2 = ((count - n * p) ** 2 / np.maximum(n * p, 1e-9))[n * p > 5].sum()
+        assert chi2 < 55  # 99.9 % point of chi-square with about 25 degrees of freedom
+
+
+@pytest.mark.parametrize(("name", "depth"), [("puzzle8", 1), ("lightsout3", 2)])
+def test_listed_states_and_the_table_of_q(name, depth):
+    d = domain(name, depth)
+    np.testing.assert_array_equal(d.number(jnp.asarray(d.states)), np.arange(d.num_states))
+    rows = np.random.default_rng(0).choice(d.num_states, 50)
+    s = jnp.asarray(d.states[rows])
+    want = exact(d, "q")[1](s.astype(jnp.float32))
+    np.testing.assert_array_equal(exact_q(d)[rows], want)
 
 
 def test_rank_is_the_lexicographic_index():
     for m in (3, 5):
         states = np.array(list(itertools.permutations(range(m))), np.uint8)
-        np.testing.assert_array_equal(sliding._rank_np(states), np.arange(len(states)))
+        np.testing.assert_array_equal(sliding.ranks(states), np.arange(len(states)))
         np.testing.assert_array_equal(
             jax.vmap(sliding.rank)(jnp.asarray(states)), np.arange(len(states))
         )

@@ -26,7 +26,7 @@ def table_heuristic(mode, h, costs, to):
 def puzzle_starts(max_depth, count):
     """States of the 8-puzzle in breadth-first order up to a depth, and their distances."""
     dist, states = sliding.distances()
-    d = dist[sliding._rank_np(states)]
+    d = dist[sliding.ranks(states)]
     pick = np.flatnonzero(d <= max_depth)
     if len(pick) > count:
         pick = np.random.default_rng(0).choice(pick, count, replace=False)
@@ -363,3 +363,17 @@ def test_lights_out_5x5_optimum():
     one = Partial(lambda _, enc: jnp.ones((enc.shape[0], 25)), ())
     r = search_many(p, one, starts, mode="qstar", stop="bound", batch=64, max_nodes=1 << 14)
     np.testing.assert_array_equal(r.cost, lights_out.solve(starts, n))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_float64_mode_changes_nothing(mode):
+    """The search is written for 32 bits: a caller who switches float64 on gets the same counts."""
+    starts, _ = puzzle_starts(8, 20)
+    results = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            problem, heuristic = exact(domain("puzzle8"), "q" if mode == "qstar" else "h")
+            r = search_many(problem, heuristic, starts, mode=mode, max_nodes=1 << 12, batch=3)
+            results.append(jax.tree.map(np.asarray, r))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert [x.dtype for x in jax.tree.leaves(results[0])] == [x.dtype for x in jax.tree.leaves(results[1])]

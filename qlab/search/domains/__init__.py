@@ -19,7 +19,10 @@ class Domain(NamedTuple):
     Attributes:
       problem: with macro-actions of up to the asked depth, each at cost 1.
       scramble: (key, k: i32[], k_max) -> the goal after k random base moves.
+      scrambles: (key, n, k_max) -> n such states, each after U{0..k_max} moves.
       distance: states [N, ...] -> f32[N], exact cost-to-go; None where no table fits.
+      states: all of them, [num_states, ...], and number: states [N, ...] -> i32[N], their rows; both
+        None where no table fits.
       instances: (seed, n) -> n fixed start states, not the goal.
       admissible: f32[m] -> h weights: h = admissible . enc + offset never overestimates.
       offset: the constant of that heuristic.
@@ -29,11 +32,37 @@ class Domain(NamedTuple):
     name: str
     problem: Problem
     scramble: Callable[[jax.Array, jax.Array, int], jax.Array]
+    scrambles: Callable[[jax.Array, int, int], jax.Array]
     distance: Callable[[jax.Array], jax.Array] | None
     instances: Callable[[int, int], np.ndarray]
     admissible: np.ndarray
     offset: float
     num_states: int | None
+    states: np.ndarray | None = None
+    number: Callable[[jax.Array], jax.Array] | None = None
+
+
+class Listed(NamedTuple):
+    """All states of a small domain and their exact costs at a macro depth."""
+
+    states: np.ndarray
+    number: Callable[[jax.Array], jax.Array]
+    distance: Callable[[jax.Array], jax.Array]
+
+
+_UNLISTED: Any = Listed(*[None] * 3)  # type: ignore[arg-type]
+
+
+def _listed(by_rank: np.ndarray, states: np.ndarray, rank, ranks: np.ndarray, depth: int) -> Listed:
+    """by_rank: base distances by rank, -1 where nothing is; ranks: those of `states`."""
+    rows = np.zeros(len(by_rank), np.int32)
+    rows[ranks] = np.arange(len(states))
+    costs = np.maximum(-(-by_rank.astype(np.int32) // depth), 0).astype(np.float32)
+    return Listed(
+        states,
+        number=lambda s: jnp.asarray(rows)[jax.vmap(rank)(s)],
+        distance=lambda s: jnp.asarray(costs)[jax.vmap(rank)(s)],
+    )
 
 
 @functools.cache
@@ -54,17 +83,24 @@ def domain(name: str, macro_depth: int = 1, dedup: bool = True) -> Domain:
     raise ValueError(f"domain {name!r}: use puzzle8, puzzle15 or lightsout<n>, e.g. lightsout4")
 
 
-def _sliding(name: str, n: int, depth: int, dedup: bool) -> Domain:
-    distance: Any = None
-    if n == 3:
-        table = np.maximum(-(-sliding.distances()[0].astype(np.int32) // depth), 0).astype(
-            np.float32
+def _walked(scramble: Callable[[jax.Array, jax.Array, int], jax.Array]):
+    """`scrambles` by walking from the goal."""
+
+    def scrambles(key: jax.Array, n: int, k_max: int) -> jax.Array:
+        k_len, k_walk = jax.random.split(key)
+        lengths = jax.random.randint(k_len, (n,), 0, k_max + 1)
+        return jax.vmap(lambda key, k: scramble(key, k, k_max))(
+            jax.random.split(k_walk, n), lengths
         )
 
-        def look_up(states):
-            return jnp.asarray(table)[jax.vmap(sliding.rank)(states)]
+    return scrambles
 
-        distance = look_up
+
+def _sliding(name: str, n: int, depth: int, dedup: bool) -> Domain:
+    listed: Any = _UNLISTED
+    if n == 3:
+        by_rank, states = sliding.distances()
+        listed = _listed(by_rank, states, sliding.rank, sliding.ranks(states), depth)
 
     def instances(seed: int, count: int) -> np.ndarray:
         if n == 3:  # uniform over all states but the goal, which comes first
@@ -74,44 +110,72 @@ def _sliding(name: str, n: int, depth: int, dedup: bool) -> Domain:
         k = 400 + jnp.arange(count) % 2  # both parities
         return np.asarray(jax.vmap(lambda key, k: sliding.scramble(key, n, k, 401))(keys, k))
 
+    def scramble(key: jax.Array, k: jax.Array, k_max: int) -> jax.Array:
+        return sliding.scramble(key, n, k, k_max)
+
     return Domain(
         name=name,
         problem=sliding.sliding(n, depth, dedup),
-        scramble=lambda key, k, k_max: sliding.scramble(key, n, k, k_max),
-        distance=distance,
+        scramble=scramble,
+        scrambles=sliding.scrambles8 if n == 3 else _walked(scramble),
+        distance=listed.distance,
         instances=instances,
         admissible=sliding.manhattan(n) / depth,
         offset=0.0,
         num_states=181440 if n == 3 else None,
+        states=listed.states,
+        number=listed.number,
     )
 
 
 def _lights_out(name: str, n: int, depth: int, dedup: bool) -> Domain:
-    distance: Any = None
+    listed: Any = _UNLISTED
     if n <= 4:
-        table = np.maximum(-(-lights_out.distances(n)[0].astype(np.int32) // depth), 0)
-
-        def look_up(states):
-            return jnp.asarray(table, jnp.float32)[jax.vmap(lights_out.rank)(states)]
-
-        distance = look_up
+        by_rank, states = lights_out.distances(n)
+        listed = _listed(by_rank, states, lights_out.rank, np.flatnonzero(by_rank >= 0), depth)
 
     def instances(seed: int, count: int) -> np.ndarray:
         rng = np.random.default_rng(seed)
         states = rng.integers(0, 2, (4 * count, n * n)) @ lights_out.masks(n) % 2
         return states[states.any(1)][:count].astype(np.uint8)
 
+    def scramble(key: jax.Array, k: jax.Array, k_max: int) -> jax.Array:
+        return lights_out.scramble(key, n, k, k_max)
+
     return Domain(
         name=name,
         problem=lights_out.lights_out(n, depth, dedup),
-        scramble=lambda key, k, k_max: lights_out.scramble(key, n, k, k_max),
-        distance=distance,
+        scramble=scramble,
+        scrambles=_walked(scramble),
+        distance=listed.distance,
         instances=instances,
         # Lit cells / 5 / depth: a press flips at most five; the encoding is -1 or 1 a cell.
         admissible=np.full(n * n, 0.5 / (5 * depth), np.float32),
         offset=0.5 * n * n / (5 * depth),
         num_states=2 ** (n * n - len(lights_out.kernel(n))) if n <= 5 else None,
+        states=listed.states,
+        number=listed.number,
     )
+
+
+_EXACT_Q: dict[Problem, np.ndarray] = {}  # seconds to fill, and arms share it
+
+
+def exact_q(d: Domain) -> np.ndarray:
+    """u8[num_states, A]: Q*(s, a) = c(s, a) + h*(T(s, a)) of all states, rows as in `d.states`."""
+    if d.states is None or d.distance is None:
+        raise ValueError(f"{d.name} has no exact distances")
+    p, distance = d.problem, d.distance
+    if p in _EXACT_Q:
+        return _EXACT_Q[p]
+    actions = jnp.arange(p.num_actions, dtype=jnp.int32)
+
+    def row(s):
+        after = jax.vmap(lambda a: p.next_state(s, a))(actions)
+        return (jax.vmap(lambda a: p.cost(s, a))(actions) + distance(after)).astype(jnp.uint8)
+
+    table = jax.jit(lambda s: jax.lax.map(row, s, batch_size=1024))(d.states)
+    return _EXACT_Q.setdefault(p, np.asarray(table))
 
 
 def exact(d: Domain, kind: str) -> tuple[Problem, jax.tree_util.Partial]:

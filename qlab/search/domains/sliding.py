@@ -79,6 +79,31 @@ def scramble(key: jax.Array, n: int, k: jax.Array, k_max: int) -> jax.Array:
 
 
 @functools.cache
+def walk_law(k_max: int) -> np.ndarray:
+    """f64[181440]: law of the 8-puzzle's state after U{0..k_max} random moves, states as in `distances`."""
+    to = neighbours()  # a move and its undo are equally likely, so the walk's matrix is symmetric
+    now = np.zeros(len(to))
+    now[0] = 1.0
+    total = now.copy()
+    for _ in range(k_max):
+        now = now[to].mean(1)
+        total += now
+    return total / (k_max + 1)
+
+
+def scrambles8(key: jax.Array, n: int, k_max: int) -> jax.Array:
+    """n states of the 8-puzzle, each after U{0..k_max} random base moves: u8[n, 9].
+
+    Drawn from the law of the walk, 18 look-ups a state instead of k_max sequential ones.
+    """
+    law = np.cumsum(walk_law(k_max))
+    bounds = np.minimum(law / law[-1] * 2.0**32, 2.0**32 - 1).astype(np.uint32)
+    u = jax.random.bits(key, (n,), jnp.uint32)
+    at = jnp.searchsorted(jnp.asarray(bounds[:-1]), u, side="right")
+    return jnp.asarray(distances()[1])[at]
+
+
+@functools.cache
 def manhattan(n: int) -> np.ndarray:
     """f32[n^2 * n^2]: dotted with the one-hot encoding it gives the sum of the tiles' distances."""
     d = np.zeros((n * n, n * n), np.float32)
@@ -101,7 +126,8 @@ def rank(s: jax.Array) -> jax.Array:
     return jnp.sum(digits * factorials, dtype=jnp.int32)
 
 
-def _rank_np(s: np.ndarray) -> np.ndarray:
+def ranks(s: np.ndarray) -> np.ndarray:
+    """i64[N]: `rank` of u8[N, m], on the host."""
     m = s.shape[1]
     out = np.zeros(len(s), np.int64)
     for i in range(m - 1):
@@ -118,7 +144,7 @@ def distances() -> tuple[np.ndarray, np.ndarray]:
     targets = _targets(3)
     dist = np.full(362880, -1, np.int8)
     layer = np.asarray([[1, 2, 3, 4, 5, 6, 7, 8, 0]], np.uint8)
-    dist[_rank_np(layer)] = 0
+    dist[ranks(layer)] = 0
     layers = [layer]
     depth = 0
     while len(layer):
@@ -133,10 +159,10 @@ def distances() -> tuple[np.ndarray, np.ndarray]:
             child[lines, to] = 0
             children.append(child)
         children = np.concatenate(children)
-        ranks, first = np.unique(_rank_np(children), return_index=True)
-        first = first[dist[ranks] < 0]
+        found, first = np.unique(ranks(children), return_index=True)
+        first = first[dist[found] < 0]
         layer = children[np.sort(first)]
-        dist[_rank_np(layer)] = depth
+        dist[ranks(layer)] = depth
         if len(layer):
             layers.append(layer)
     return dist, np.concatenate(layers)
@@ -147,7 +173,7 @@ def neighbours() -> np.ndarray:
     """i32[181440, 4]: the number of the state after each move, states numbered as in `distances`."""
     states = distances()[1]
     number = np.zeros(362880, np.int32)
-    number[_rank_np(states)] = np.arange(len(states))
+    number[ranks(states)] = np.arange(len(states))
     at, lines = states.argmin(1), np.arange(len(states))
     out = np.zeros((len(states), 4), np.int32)
     for a in range(4):
@@ -155,5 +181,5 @@ def neighbours() -> np.ndarray:
         child = states.copy()
         child[lines, at] = states[lines, to]
         child[lines, to] = 0
-        out[:, a] = number[_rank_np(child)]
+        out[:, a] = number[ranks(child)]
     return out
