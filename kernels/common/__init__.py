@@ -1,0 +1,1 @@
+"""What every low-bit operation shares: byte layout, dispatch, tuned tables, devices, lowering without a device."""

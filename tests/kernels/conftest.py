@@ -1,0 +1,30 @@
+"""One test body for every implementation of an operation: interpreted on a CPU, compiled where the device is."""
+
+import jax
+import pytest
+
+NAMES = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+NATIVE = {"cpu": (), "gpu": ("pallas_gpu",), "tpu": ("pallas_tpu",)}
+
+
+@pytest.fixture(params=NAMES)
+def run(request):
+    """run(op, impls, *args, **options): the operation by one implementation.
+
+    A test is skipped, with the reason, where this implementation refuses its case; which cases an
+    implementation must take is asserted by each operation's own test of its refusals.
+    """
+    name = request.param
+    native = name in NATIVE.get(jax.default_backend(), ())
+
+    def call(op, impls, *args, **options):
+        if name not in {i.name for i in impls}:
+            pytest.skip(f"no {name} of this operation")
+        interpret = name.startswith("pallas") and not native
+        try:
+            return op(*args, **options, impl=name, interpret=interpret)
+        except NotImplementedError as e:
+            pytest.skip(str(e))
+
+    call.impl = name
+    return call
