@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PHASES = ("importing", "init", "compiling", "steps", "evaluate")
+PHASES = ("importing", "init", "compiling", "steps", "evaluate", "save")
 
 
 def start(spec: str, workdir: Path, cwd: Path | None = None) -> subprocess.Popen:
@@ -111,11 +111,16 @@ def terminate(spec: str, phase: str, folder: Path, cwd: Path | None = None) -> i
     workdir = folder / phase
     process = start(spec, workdir, cwd)
     assert process.stdout is not None
-    for line in process.stdout:
-        if (phase if phase != "steps" else "compiling") in line:
-            time.sleep(0.3 if phase == "steps" else 0.0)
-            process.send_signal(signal.SIGTERM)
-            break
+    if phase == "save":  # no line tells: a checkpoint's folder is being filled
+        while process.poll() is None and not list(workdir.glob("*/checkpoints/*")):
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGTERM)
+    else:
+        for line in process.stdout:
+            if (phase if phase != "steps" else "compiling") in line:
+                time.sleep(0.3 if phase == "steps" else 0.0)
+                process.send_signal(signal.SIGTERM)
+                break
     process.communicate()
     code = process.returncode
     if code not in (75, -signal.SIGTERM, 0):
