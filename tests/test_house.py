@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 AREAS = ("nn", "data", "quantization", "search", "rl", "quantum")
-SHARED = ("qlab.nn", "qlab.data", "qlab.ops", "qlab.quantization.qtensor")
+# Kernels lie below everything; QTensor itself takes the layout of its packed codes from them.
+SHARED = ("qlab.nn", "qlab.data", "qlab.ops", "qlab.quantization.qtensor", "qlab.kernels")
 # What an area may take from the runner: the contract, the one-line errors, the cache folder.
 FROM_LAB = ("qlab.lab.experiment", "qlab.lab.errors", "qlab.lab.device")
 ENTRIES = ("run", "sweep", "report", "bench", "ops")
@@ -119,6 +120,7 @@ def test_imports_run_downwards():
         ("qlab.experiments.arsq", "qlab.rl.arsq", True),
         ("qlab.configs.arsq", "qlab.experiments.arsq", False),
         ("qlab.kernels.int4.api", "qlab.quantization.qtensor", False),
+        ("qlab.quantization.qtensor", "qlab.kernels.common.layout", True),
         ("qlab.ops", "qlab.kernels.int4.api", True),
         ("qlab.ops", "qlab.nn.zoo", False),
     ],

@@ -11,8 +11,15 @@ from qlab.quantization.flexround import flexround, lrq
 from qlab.quantization.gptq import fp_target, gptq_round, hessian_init, hessian_update
 from qlab.quantization.grid import Grid, make_grid, search_affine, search_symmetric
 from qlab.quantization.matrix import layer_report, quantize_matrix
-from qlab.quantization.packing import pack, pack_qtensor, unpack
-from qlab.quantization.qtensor import QTensor, clip_ste, dequantize, round_ste
+from qlab.quantization.packing import pack, unpack
+from qlab.quantization.qtensor import (
+    QTensor,
+    clip_ste,
+    dequantize,
+    pack_qtensor,
+    round_ste,
+    unpack_qtensor,
+)
 from qlab.quantization.quantizers import QUANTIZERS, Quantizer, identity, lsq_step, uniform
 from qlab.quantization.reconstruct import block_reconstruct
 from qlab.quantization.rounding import RoundingRule, rtn
@@ -56,4 +63,5 @@ __all__ = [
     "search_symmetric",
     "uniform",
     "unpack",
+    "unpack_qtensor",
 ]

@@ -64,7 +64,7 @@ def quantize_matrix(
     >>> x = jax.random.normal(jax.random.key(1), (64, 16)).cumsum(1)  # correlated inputs
     >>> qt = quantize_matrix(w, x, method="flexround", bits=3, num_iters=200)
     >>> qt
-    QTensor(8 x 16, 3 bits asymmetric, scales (8, 1), codes uint8)
+    QTensor(8 x 16, 3 bits asymmetric, per channel, 192 bytes unpacked)
     >>> layer_report(w, qt, x)["mse_ratio"] < 0.5  # less than half the error of rounding to nearest
     True
     """
@@ -149,9 +149,8 @@ def layer_report(w, qt: QTensor, x=None) -> dict[str, float]:
     w = jnp.asarray(w, jnp.float32)
     x = jnp.eye(w.shape[1]) if x is None else jnp.asarray(x, jnp.float32)
     y = x @ w.T
-    groups = qt.scale.shape[-1]
     kind = "tensor" if qt.axes == (0, 1) else "channel"
-    kind = kind if groups == 1 else f"group:{-(-w.shape[1] // groups)}"
+    kind = f"group:{qt.group}" if qt.group else kind
     near = quantize_matrix(
         w, method="rtn", bits=qt.bits, granularity=kind, symmetric=qt.zero is None
     )

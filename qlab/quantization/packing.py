@@ -1,17 +1,14 @@
 """Codes as a little-endian bit stream: value i of a row occupies bits [i b, (i + 1) b) of the row.
 
 Values are stored minus q_min (so unsigned); a row is padded to whole bytes, ceil(n b / 8) of them.
-The layout is the same on every device; a kernel that wants another order re-packs from this one.
+The codec for exchange: what other projects' files hold is this stream or a permutation of it. A QTensor
+is packed in the planar layout of the kernels instead (qlab.kernels.common.layout).
 """
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
-
-from qlab.quantization.qtensor import QTensor
 
 
 def packed_width(n: int, bits: int) -> int:
@@ -48,14 +45,6 @@ def unpack(packed: jax.Array, bits: int, n: int, *, q_min: int = 0) -> jax.Array
     values = stream.reshape(*packed.shape[:-1], n, bits) << jnp.arange(bits, dtype=jnp.uint32)
     codes = values.sum(-1).astype(jnp.int32) + q_min
     return codes.astype(jnp.uint8 if q_min == 0 else jnp.int8)
-
-
-def pack_qtensor(qt: QTensor) -> QTensor:
-    """The same tensor with its codes packed; `dequantize` reads both forms alike."""
-    if qt.packed:
-        return qt
-    low = 0 if qt.zero is not None or qt.offset is not None else -(2 ** (qt.bits - 1))
-    return dataclasses.replace(qt, codes=pack(qt.codes, qt.bits, q_min=low), packed=True)
 
 
 def _check(bits: int) -> None:

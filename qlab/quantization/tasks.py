@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from qlab.lab.experiment import Metric
+from qlab.quantization.qtensor import row_bytes
 
 METRICS = {
     "accuracy": Metric("%", "higher", "test accuracy of the quantized net"),
@@ -62,9 +63,8 @@ def storage(
     num_bytes = 0
     for rows, cols in sizes:
         scales = 1 if task.granularity == "tensor" else rows
-        num_bytes += rows * -(-cols * task.bits // 8) + scales * (
-            4 if options.get("symmetric") else 5
-        )
+        num_bytes += rows * row_bytes(cols, task.bits)
+        num_bytes += scales * (4 if options.get("symmetric") else 5)
     return {
         "bytes": float(num_bytes),
         "stored_bits": 8.0 * num_bytes / sum(r * c for r, c in sizes),
