@@ -20,7 +20,7 @@ from qlab.lab.console import Console
 from qlab.lab.errors import UserError, nearest
 from qlab.lab.study import SCHEMA
 
-BENCHES = ("runner", "startup", "search", "quantum")
+BENCHES = ("runner", "startup", "search", "quantum", "kernels")
 FOLDER = Path(__file__).resolve().parent / "benches"
 
 _EPILOG = """\
