@@ -28,6 +28,7 @@ examples:
   python -m qlab.bench --list
   python -m qlab.bench runner                 two to eight minutes each
   python -m qlab.bench runner search --quick  at most 40 s each
+  python -m qlab.bench kernels --tune         fills the table of block sizes of this device first
 
 Contestants are timed in one process, a repetition of each in turn, so that what slows the machine
 meets them all; ratios are taken repetition by repetition. Numbers go to runs/bench-<name>, in the
@@ -51,22 +52,26 @@ def bench(
     quick: bool = False,
     workdir: str | Path | None = None,
     device: str = "auto",
+    tune: bool = False,
     quiet: bool = False,
     command: str = "",
 ) -> Result:
     """Runs one bench, as `python -m qlab.bench NAME` does.
 
     Args:
-      name: runner, startup, search or quantum.
+      name: runner, startup, search, quantum or kernels.
       quick: at most 40 s; fewer sizes and repetitions.
       workdir: default runs/bench-<name>; an earlier bench there is replaced.
       device: auto, cpu, gpu or tpu.
+      tune: "kernels" only: first search the block sizes of this device and write them to tuned.json.
       quiet: print nothing.
     Raises:
       UserError: no such bench, or the folder is not free.
     """
     if name not in BENCHES:
         raise UserError(f"unknown bench {name!r}{nearest(name, BENCHES)}")
+    if tune and name != "kernels":
+        raise UserError(f"--tune: {name} has nothing to tune; only kernels has")
     folder = Path(workdir) if workdir else Path("runs") / f"bench-{name}{'-quick' * quick}"
     console = Console(quiet)
     command = command or shlex.join(
@@ -74,7 +79,7 @@ def bench(
     )
     with records.lock(folder):
         _check_free(folder, name)
-        return _bench(name, quick, folder, device, console, command)
+        return _bench(name, quick, folder, device, tune, console, command)
 
 
 def _check_free(folder: Path, name: str) -> None:
@@ -84,7 +89,13 @@ def _check_free(folder: Path, name: str) -> None:
 
 
 def _bench(
-    name: str, quick: bool, folder: Path, device: str, console: Console, command: str
+    name: str,
+    quick: bool,
+    folder: Path,
+    device: str,
+    tune: bool,
+    console: Console,
+    command: str,
 ) -> Result:
     from qlab.benches import measure
     from qlab.lab import claims
@@ -122,6 +133,8 @@ def _bench(
     try:
         with devices.session(device, bool(settings.get("x64", False))) as device_name:
             console.say(f"{name}: {manifest['title']}  ({device_name}, {folder})")
+            if tune:
+                module.tune(settings, console.say)
             numbers = [*module.measure(settings, console.say), *cpu_load]
             peak = devices.peak_memory_mb()
     finally:
@@ -190,6 +203,11 @@ def parser() -> argparse.ArgumentParser:
         help="run folder (default runs/bench-<name>[-quick]); one bench only",
     )
     out.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu")
+    out.add_argument(
+        "--tune",
+        action="store_true",
+        help="kernels only: search this device's block sizes first, into kernels/<op>/tuned.json",
+    )
     out.add_argument("--quiet", action="store_true", help="print only the summary lines")
     return out
 
@@ -214,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 quick=args.quick,
                 workdir=args.workdir,
                 device=args.device,
+                tune=args.tune,
                 quiet=args.quiet,
                 command=shlex.join(["python", "-m", "qlab.bench", *words]),
             )

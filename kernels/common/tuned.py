@@ -6,9 +6,11 @@ The table is a list of records {impl, device, bucket, dtypes, options, blocks, u
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,24 @@ def lookup(spec: Spec, impl: str) -> dict[str, Any] | None:
     return None
 
 
+_trial: dict[str, Any] = {}  # of a `trial` under way: "blocks" to take, "default" seen
+
+
+@contextlib.contextmanager
+def trial(blocks: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """While tuning: kernels traced inside take these blocks; yields {"default": their heuristic's}."""
+    _trial.update(blocks=blocks)
+    try:
+        yield _trial
+    finally:
+        _trial.clear()
+
+
 def blocks(spec: Spec, impl: str, default: dict[str, int]) -> dict[str, int]:
     """The tuned block sizes, else `default`, the kernel's heuristic."""
+    if _trial:
+        _trial["default"] = default
+        return {**default, **_trial["blocks"]}
     found = lookup(spec, impl)
     return {**default, **found["blocks"]} if found else default
 

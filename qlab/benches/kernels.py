@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlab import ops
-from qlab.benches import kernel_peers
+from qlab.benches import kernel_peers, kernel_tuning
 from qlab.benches.measure import Number, Tell, find, interleave, ratio, seconds_per_call
 from qlab.kernels.common import dispatch
 from qlab.lab.experiment import Claim, Figure, Metric
@@ -75,6 +75,7 @@ def settings(quick: bool) -> dict[str, Any]:
         "k": size,
         "n": size,
         "m": (1, 1024) if quick else (1, 16, 4096 if gpu else 1024),
+        "tune_m": tuple(2**i for i in range(13 if gpu else 11)),
         "bits": (4,) if quick else (2, 3, 4, 8),
         "group": 128,
         "rows": size,
@@ -258,6 +259,10 @@ def measure(s: dict[str, Any], tell: Tell) -> list[Number]:
         tell(f"kernels: {case.label}")
         numbers += one_case(case, rates, s)
     return numbers
+
+
+def tune(s: dict[str, Any], tell: Tell) -> None:
+    kernel_tuning.tune(kernel_tuning.jobs(s), tell)
 
 
 def summary(numbers: list[Number]) -> str:
