@@ -25,25 +25,27 @@ TOPOLOGIES = {
 }
 
 
+def _as_if_on(kind: str, cores: int, platform: str):
+    """What kernels ask for the device they are built for."""
+    device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
 def lower_gpu(f: Callable[..., Any], *args: Any, device: str = "NVIDIA H200", cores: int = 132):
     """Builds f for a GPU that need not be there.
 
     Args:
       args: arrays or ShapeDtypeStructs.
     """
-    mesh = AbstractMesh(
-        (),
-        (),
-        abstract_device=AbstractDevice(device_kind=device, num_cores=cores, platform="gpu"),
-    )
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in GPU_CALLS]
-    with use_abstract_mesh(mesh):
+    with _as_if_on(device, cores, "gpu"):
         return export.export(jax.jit(f), platforms=["cuda"], disabled_checks=checks)(*args)
 
 
-def lower_tpu(f: Callable[..., Any], *args: Any):
+def lower_tpu(f: Callable[..., Any], *args: Any, device: str = "TPU v5 lite"):
     """Builds f's IR for a TPU; needs no libtpu and misses code-generation errors."""
-    return export.export(jax.jit(f), platforms=["tpu"])(*args)
+    with _as_if_on(device, 1, "tpu"):
+        return export.export(jax.jit(f), platforms=["tpu"])(*args)
 
 
 def compile_tpu(f: Callable[..., Any], args: Sequence[Any], device: str = "TPU v5 lite"):
@@ -59,4 +61,5 @@ def compile_tpu(f: Callable[..., Any], args: Sequence[Any], device: str = "TPU v
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device])
     where = SingleDeviceSharding(topology.devices[0])
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where) for a in args]
-    return jax.jit(f).lower(*shapes).compile()
+    with _as_if_on(topology.devices[0].device_kind, 1, "tpu"):
+        return jax.jit(f).lower(*shapes).compile()
