@@ -42,10 +42,16 @@ def heuristic(m: int, k: int, n: int) -> dict[str, int]:
     }
 
 
+def written(spec: Spec):
+    """The dtype the kernel writes: a TPU has no float16 vectors, so XLA narrows that afterwards."""
+    out = jnp.dtype(spec.options["out"])
+    return jnp.dtype(jnp.float32) if out == jnp.float16 else out
+
+
 def vmem_bytes(spec: Spec, b: dict[str, int]) -> int:
     """Two buffers of each operand and of the result, and the sums; rows padded to 32, columns to 128."""
     m, n, k = round_up(b["m"], 32), round_up(b["n"], 128), round_up(b["k"], 128)
-    out = jnp.dtype(spec.options["out"]).itemsize
+    out = written(spec).itemsize
     return 2 * (m * k + n * k) + m * n * (4 + 2 * out)
 
 
@@ -125,14 +131,14 @@ def run(spec: Spec, *arrays) -> jax.Array:
         grid=(pl.cdiv(m, b["m"]), pl.cdiv(n, b["n"]), pl.cdiv(k, b["k"])),
         in_specs=[where[name] for name in names],
         out_specs=pl.BlockSpec((b["m"], b["n"]), lambda i, j, s: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((m, n), jnp.dtype(spec.options["out"])),
+        out_shape=jax.ShapeDtypeStruct((m, n), written(spec)),
         scratch_shapes=[pltpu.VMEM((b["m"], b["n"]), jnp.int32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=spec.interpret,
     )
-    return call(*[getattr(o, name) for name in names])
+    return call(*[getattr(o, name) for name in names]).astype(spec.options["out"])
 
 
 IMPL = Impl("pallas_tpu", why_not, run)
