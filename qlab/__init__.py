@@ -15,6 +15,7 @@ _LAZY = (
     "data",
     "lab",
     "nn",
+    "ops",
     "quantization",
     "quantum",
     "report",
