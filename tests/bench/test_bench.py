@@ -205,6 +205,7 @@ def check_folder(result, name):
     return rows
 
 
+@pytest.mark.slow
 def test_quantum_agrees_and_says_what_is_absent(tmp_path, monkeypatch):
     from qlab.benches import quantum
 
@@ -225,6 +226,7 @@ def test_quantum_agrees_and_says_what_is_absent(tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_a_simulator_that_disagrees_is_failed(tmp_path, monkeypatch):
     from qlab.benches import quantum
 
@@ -238,7 +240,7 @@ def test_a_simulator_that_disagrees_is_failed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["runner", "startup", "search", "quantum"])
+@pytest.mark.parametrize("name", ["runner", "startup", "search", "quantum", "kernels"])
 def test_quick(name, tmp_path):
     """Each as a person calls it; the last line is the summary."""
     done = subprocess.run(

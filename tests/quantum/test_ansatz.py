@@ -56,7 +56,7 @@ def test_without_noise_it_is_the_statevector(n):
     ("kind", "scale", "n"),
     [
         ("depol", 1, 3),
-        ("depol", 3, 2),
+        pytest.param("depol", 3, 2, marks=pytest.mark.slow),
         ("ampdamp", 1, 2),
         ("dephase", 1, 2),
         ("thermal", 1, 2),

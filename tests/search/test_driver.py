@@ -219,6 +219,7 @@ def test_node_ratio_with_exact_values_on_lights_out(depth, tie, low, high):
     assert low * 0.999 <= generated["astar"] / generated["qstar"] <= high * 1.001
 
 
+@pytest.mark.slow
 def test_batches_and_weights_stay_optimal_with_the_bound():
     """Admissible heuristic, w = 1, any batch: "bound" is optimal; w < 1 costs at most 1 / w times as much."""
     d = domain("puzzle8")
@@ -251,7 +252,6 @@ def test_every_way_to_fail_has_a_name():
     d = domain("puzzle8")
     h = Partial(lambda w, enc: enc @ w, jnp.asarray(d.admissible))
     hard = jnp.array([8, 6, 7, 2, 5, 4, 3, 0, 1], jnp.uint8)  # 31 moves
-    odd = jnp.array([2, 1, 3, 4, 5, 6, 7, 8, 0], jnp.uint8)  # other parity: no way to the goal
     run = functools.partial(search, d.problem)
 
     def status(r):
@@ -266,17 +266,27 @@ def test_every_way_to_fail_has_a_name():
     assert status(small(max_nodes=5000, max_rows=300)) == "queue_full"
     assert status(small(max_nodes=5000, batch=50, max_rows=300)) == "queue_full"
     assert status(small(max_nodes=5000, batch=50, node_limit=500)) == "node_limit"
-    assert status(small(max_nodes=181440, batch=50, max_length=30)) == "path_cut"
-    for batch in (1, 50):
-        r = run(h, odd, mode="astar", batch=batch, max_nodes=181440, prune_stale=True)
-        assert status(r) == "exhausted"
-        assert int(r.num_nodes) == 181440  # all states of that parity, none lost to a collision
-        if batch == 1:  # the heuristic is consistent: every state is expanded once
-            assert int(r.num_generated) == 4 * 181440
     nan = Partial(lambda _, enc: jnp.full(enc.shape[0], jnp.nan), ())
     assert status(run(nan, hard, mode="astar", max_nodes=500)) == "bad_heuristic"
     wall = Partial(lambda _, enc: jnp.full(enc.shape[0], jnp.inf), ())
     assert status(run(wall, hard, mode="astar", max_nodes=500)) == "exhausted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 50])
+def test_a_whole_component_is_exhausted(batch):
+    d = domain("puzzle8")
+    h = Partial(lambda w, enc: enc @ w, jnp.asarray(d.admissible))
+    odd = jnp.array([2, 1, 3, 4, 5, 6, 7, 8, 0], jnp.uint8)  # other parity: no way to the goal
+    kw = {"mode": "astar", "max_nodes": 181440, "prune_stale": True}
+    r = search(d.problem, h, odd, batch=batch, **kw)
+    assert status_name(r.status) == "exhausted"
+    assert int(r.num_nodes) == 181440  # all states of that parity, none lost to a collision
+    if batch == 1:  # the heuristic is consistent: every state is expanded once
+        assert int(r.num_generated) == 4 * 181440
+    hard = jnp.array([8, 6, 7, 2, 5, 4, 3, 0, 1], jnp.uint8)  # 31 moves
+    r = search(d.problem, h, hard, batch=batch, max_length=30, **kw)
+    assert status_name(r.status) == "path_cut"
 
 
 def test_bad_arguments_are_named():
@@ -313,6 +323,7 @@ def test_new_params_and_weights_do_not_recompile():
     assert _search_all._cache_size() == before
 
 
+@pytest.mark.slow
 def test_many_starts_equal_single_searches_and_vmap():
     d = domain("puzzle8")
     starts, _ = puzzle_starts(14, 5)
@@ -370,6 +381,7 @@ def test_states_of_any_dtype():
         assert float(r.cost) == 7  # 5 threes and 2 ones
 
 
+@pytest.mark.slow
 def test_lights_out_5x5_optimum():
     """Q* with h = 0 and the bound agrees with elimination over GF(2) on light boards."""
     n = 5

@@ -28,7 +28,14 @@ def test_select_is_a_lexicographic_sort(k, lifo, rng):
 
 @pytest.mark.parametrize("lifo", [True, False])
 @pytest.mark.parametrize(
-    ("width", "k", "rows"), [(1, 1, 700), (1, 6, 5000), (1, 200, 9000), (5, 1, 3000), (5, 50, 4000)]
+    ("width", "k", "rows"),
+    [
+        (1, 1, 700),
+        pytest.param(1, 6, 5000, marks=pytest.mark.slow),
+        pytest.param(1, 200, 9000, marks=pytest.mark.slow),
+        pytest.param(5, 1, 3000, marks=pytest.mark.slow),
+        (5, 50, 4000),
+    ],
 )
 def test_queue_pops_like_a_heap(width, k, rows, lifo):
     """Interleaved pushes and pops, with ties in f and g, dead ends and rounds of fewer rows than K."""
@@ -96,7 +103,7 @@ def test_pack_is_invertible_and_hash_spreads(rng):
         )
 
 
-@pytest.mark.parametrize("batch", [1, 30, 2000])
+@pytest.mark.parametrize("batch", [1, 30, pytest.param(2000, marks=pytest.mark.slow)])
 def test_table_is_a_dictionary(batch, rng):
     """Numbers in batch order, in-batch duplicates, invalid entries, lookups, clearing, a nearly full table."""
     spec = jax.ShapeDtypeStruct((2,), jnp.int32)
