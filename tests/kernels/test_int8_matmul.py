@@ -147,6 +147,9 @@ def test_dynamic_is_static_on_the_tokens_codes(run, dtype, rng):
 def test_a_token_with_nan_or_inf_is_nan_and_alone(run, rng):
     x = rng.normal(size=(4, 40)).astype(np.float32)
     x[0, 3], x[1, 5] = np.nan, -np.inf
+    q, scale = epilogue.quantize_tokens(jnp.asarray(x))
+    assert np.isnan(scale[:2]).all()  # and codes that need no conversion of a NaN
+    assert not np.asarray(q)[:2].any()
     w = codes(rng, 8, 40)
     y = run(api.int8_dynamic_matmul, api.IMPLS, x, w, np.ones(8, np.float32), activation="relu")
     assert np.isnan(np.asarray(y)[:2]).all()
