@@ -68,9 +68,10 @@ def pack(codes: jax.Array, bits: int, group: int = 0) -> jax.Array:
     for p, first in parts(bits):
         v = 8 // p
         part = (value >> first) & (2**p - 1)
+        n = -(-g // v)
         part = jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, -g % v)])
-        part = part.reshape(*lead, num, v, -1) << (p * jnp.arange(v, dtype=jnp.int32)[:, None])
-        out.append(part.sum(-2, dtype=jnp.int32).astype(jnp.uint8).reshape(*lead, -1))
+        part = part.reshape(*lead, num, v, n) << (p * jnp.arange(v, dtype=jnp.int32)[:, None])
+        out.append(part.sum(-2, dtype=jnp.int32).astype(jnp.uint8).reshape(*lead, num * n))
     return jnp.concatenate(out, -1)
 
 
@@ -93,14 +94,15 @@ def unpack(packed: jax.Array, k: int, bits: int, group: int = 0) -> jax.Array:
     code = jnp.zeros((), jnp.uint8)
     for (p, first), byte in zip(parts(bits), split(packed, k, bits, group), strict=True):
         v = 8 // p
+        n = -(-g // v)
         if v == 1:
-            plane = byte.reshape(*lead, num, -1)
+            plane = byte.reshape(*lead, num, n)
         else:
             shift = (p * jnp.arange(v, dtype=jnp.uint8))[:, None]
-            plane = (byte.reshape(*lead, num, 1, -1) >> shift) & jnp.uint8(2**p - 1)
-            plane = plane.reshape(*lead, num, -1)[..., :g]
+            plane = (byte.reshape(*lead, num, 1, n) >> shift) & jnp.uint8(2**p - 1)
+            plane = plane.reshape(*lead, num, v * n)[..., :g]
         code = code | (plane << jnp.uint8(first))
-    return code.reshape(*lead, -1)[..., :k]
+    return code.reshape(*lead, num * g)[..., :k]
 
 
 def planes_of(x: jax.Array, p: int, group: int = 0) -> jax.Array:
