@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from qlab.kernels.common import dispatch, tuned
 from qlab.quantization.qtensor import QTensor, dequantize
@@ -140,15 +141,15 @@ def int8_matmul(
     qt = unpack(qt)
     codes, zero = qt.codes[:, : qt.shape[1]], _by_row(qt.zero, n)
     if codes.dtype == jnp.uint8:  # move both into i8
-        if not isinstance(zero, jax.core.Tracer) and not bool(((zero >= 0) & (zero <= 255)).all()):
+        if not isinstance(zero, Tracer) and not bool(((zero >= 0) & (zero <= 255)).all()):
             raise ValueError("int8_matmul: qt has zero points outside [0, 255]; use ops.matmul")
         codes = jax.lax.bitcast_convert_type(codes ^ jnp.uint8(128), jnp.int8)
         zero = (zero - 128).astype(jnp.int8)
-    common = dict(activation=activation, impl=impl, interpret=interpret)
+    common: dict[str, Any] = dict(activation=activation, impl=impl, interpret=interpret)
     scale = _by_row(qt.scale, n)
-    if x.dtype != jnp.int8 and x_scale is None:
+    if x_scale is None and x.dtype != jnp.int8:
         return api.int8_dynamic_matmul(x, codes, scale, zero, bias, out_dtype=out_dtype, **common)
-    if x.dtype != jnp.int8:
+    if x_scale is not None and x.dtype != jnp.int8:
         out_dtype = x.dtype if out_dtype is None else out_dtype
         u = jnp.round(x.astype(jnp.float32) / x_scale)
         x = jnp.clip(u + (0 if x_zero is None else x_zero), -128, 127).astype(jnp.int8)
@@ -379,10 +380,10 @@ def _matrix(op: str, qt: QTensor, x: jax.Array) -> tuple[int, int]:
     if x.ndim < 1 or x.shape[-1] != qt.shape[1]:
         hint = "; qt is (out, in)" if x.ndim and x.shape[-1] == qt.shape[0] else ""
         raise ValueError(f"{op}: x has shape {x.shape}, expected (..., {qt.shape[1]}){hint}")
-    return qt.shape
+    return qt.shape[0], qt.shape[1]
 
 
-def _by_row(a: jax.Array | None, n: int) -> jax.Array | None:
+def _by_row(a: Any, n: int) -> Any:
     """A scale of the whole tensor, or of columns, repeated for each of n rows."""
     return None if a is None else jnp.broadcast_to(a, (n, a.shape[-1] if a.ndim else 1))
 
