@@ -115,6 +115,7 @@ def planes_of(x: jax.Array, p: int, group: int = 0) -> jax.Array:
     """
     k, lead, v = x.shape[-1], x.shape[:-1], 8 // p
     g, num = group or k, num_groups(k, group)
+    n = -(-g // v)
     x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, num * g - k)]).reshape(*lead, num, g)
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -g % v)]).reshape(*lead, num, v, -1)
-    return jnp.moveaxis(x, -2, -3).reshape(*lead, v, -1)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -g % v)]).reshape(*lead, num, v, n)
+    return jnp.moveaxis(x, -2, -3).reshape(*lead, v, num * n)
