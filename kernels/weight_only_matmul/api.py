@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlab.kernels.common import checks, dispatch, layout
-from qlab.kernels.weight_only_matmul import reference, xla
+from qlab.kernels.weight_only_matmul import pallas_gpu, pallas_tpu, reference, xla
 
 OP = "weight_only_matmul"
-IMPLS = (reference.IMPL, xla.IMPL)
+IMPLS = (reference.IMPL, xla.IMPL, pallas_gpu.IMPL, pallas_tpu.IMPL)
 
 
 def spec_of(
@@ -62,8 +62,9 @@ def weight_only_matmul(
       impl: run this implementation or raise; None: the first that can. interpret: run Pallas kernels in
         their interpreter (tests).
     Returns:
-      [..., N] in the dtype of x, accumulated in float32. NaN and inf in x go where float arithmetic takes
-      them; codes cannot hold either.
+      [..., N] in the dtype of x, accumulated in float32. A NaN in x makes its row of y NaN, an infinity
+      makes it infinite or NaN (which of the two may differ between implementations); other rows are as
+      without it. Codes cannot hold either.
     Raises:
       ValueError: an argument does not fit. NotImplementedError: the named implementation cannot run here.
 

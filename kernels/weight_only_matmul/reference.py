@@ -9,7 +9,8 @@ from qlab.kernels.common import layout
 from qlab.kernels.common.dispatch import Impl, Spec
 
 ACTIVATIONS = {
-    "relu": jax.nn.relu,
+    # jax.nn.relu is a custom_jvp_call, which kernels cannot lower; NaN stays NaN, the slope at 0 is 0.
+    "relu": lambda y: jnp.where(y <= 0, 0.0, y),
     "gelu": lambda y: jax.nn.gelu(y, approximate=True),
     "silu": jax.nn.silu,
 }
