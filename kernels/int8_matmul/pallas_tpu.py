@@ -38,7 +38,7 @@ def heuristic(m: int, k: int, n: int) -> dict[str, int]:
     return {
         "m": m if few else min(512, round_up(m, 32)),
         "n": min(n_block, round_up(n, 128)),  # never 1, which Mosaic takes for a vector
-        "k": min(k_block, round_up(k, 128)) if k >= 128 else k,
+        "k": min(k_block, round_up(k, 128)),
     }
 
 
@@ -65,8 +65,10 @@ def why_not(spec: Spec) -> str:
 
 
 def blocks(spec: Spec) -> dict[str, int]:
+    """Tuned for the bucket, else the heuristic; all M rows where the bucket's block does not suit this M."""
     d = spec.dims
-    return tuned.blocks(spec, "pallas_tpu", heuristic(d["m"], d["k"], d["n"]))
+    b = tuned.blocks(spec, "pallas_tpu", heuristic(d["m"], d["k"], d["n"]))
+    return {**b, "m": d["m"]} if d["m"] <= b["m"] or b["m"] % 8 else b
 
 
 def kernel(*refs, names: tuple[str, ...], k: int, activation: str | None):
