@@ -1,0 +1,1 @@
+"""Float -> packed codes, scales and zero points in one pass; import `api`."""
