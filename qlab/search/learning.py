@@ -100,7 +100,8 @@ def learner(
         if kind == "q_taken":
             after = jax.vmap(p.next_state)(states, actions)
             return jax.vmap(p.cost)(states, actions) + domain.distance(after)
-        assert domain.number is not None and table is not None
+        assert domain.number is not None
+        assert table is not None
         return jnp.asarray(table)[domain.number(states)].astype(jnp.float32)
 
     def step(state: LearnState):

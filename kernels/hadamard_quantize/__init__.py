@@ -1,0 +1,1 @@
+"""Block Hadamard transform, plain or fused with quantization of each token; import `api`."""
