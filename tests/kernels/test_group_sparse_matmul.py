@@ -17,6 +17,10 @@ from qlab.kernels.weight_only_matmul.api import weight_only_matmul
 TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-9, "float32": 2e-6}
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def make(n, k, bits, group, *, rho=0.5, symmetric=False, seed=0):
     """(BSR, f64[N, K] weight, f64[N, K] bound on what a code can stand for)."""
     rng = np.random.default_rng(seed)
@@ -54,18 +58,22 @@ def check(run, m, n, k, bits, group, dtype="float32", *, plan_chunk=128, case=No
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("bits", "group"), [(2, 16), (3, 32), (4, 16), (4, 8), (8, 128)])
+@pytest.mark.parametrize(
+    ("bits", "group"), [slow(2, 16), (3, 32), (4, 16), slow(4, 8), slow(8, 128)]
+)
 def test_widths_groups_and_grids(run, bits, group, symmetric):
     check(run, 2, 40, 512, bits, group, symmetric=symmetric)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("m", [1, 9, 64])
+@pytest.mark.parametrize("m", [1, slow(9), slow(64)])
 def test_dtypes_and_rows(run, m, dtype):
     check(run, m, 24, 256, 4, 16, dtype)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 8), (3, 127, 8), (1, 3, 4104), (2, 4097, 8)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 8), (3, 127, 8), slow(1, 3, 4104), slow(2, 4097, 8)]
+)
 def test_awkward_sizes(run, m, n, k):
     check(run, m, n, k, 4, 8)
 
@@ -152,7 +160,7 @@ def test_empty_batch_and_non_contiguous_x(run):
     np.testing.assert_allclose(y, x.astype(np.float64) @ w.T, atol=1e-4)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, slow(np.inf)])
 def test_not_finite_x_reaches_the_rows_that_keep_its_group_and_no_other_row_of_x(run, bad):
     b, w, _ = make(8, 64, 4, 16)
     x = np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32)
@@ -332,6 +340,7 @@ def test_gpu_lowering(shape):
 )
 @pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.aot
 def test_tpu_compilation(shape, device):
     f, arrays = lowered(*shape, 1024, "tpu", device)
     text = compile_tpu(f, arrays, device).as_text()

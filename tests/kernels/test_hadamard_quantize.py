@@ -236,6 +236,7 @@ def test_the_gpu_kernel_lowers(shape, dtype, options):
 @pytest.mark.skipif(os.environ.get("JAX_PLATFORMS") != "cpu", reason="set JAX_PLATFORMS=cpu")
 @pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v6 lite", "TPU v5"])
 @pytest.mark.parametrize(("shape", "dtype", "options"), SHAPES, ids=str)
+@pytest.mark.aot
 def test_the_tpu_kernel_compiles(shape, dtype, options, device):
     spec = api.spec_of(*shape, x_dtype=dtype, platform="tpu", device=device, **options)
     assert pallas_tpu.why_not(spec) == ""

@@ -358,6 +358,7 @@ def test_lowers_for_tpu(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
 @pytest.mark.parametrize("case", MAIN)
+@pytest.mark.aot
 def test_compiles_for_tpu(case, device):
     pytest.importorskip("libtpu", reason="needs libtpu: pip install 'jax[tpu]'")
     m, k, n, options = MAIN[case]

@@ -328,6 +328,7 @@ def test_gpu_lowering(case):
 )
 @pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
 @pytest.mark.parametrize("case", QUANTIZE + ATTEND)
+@pytest.mark.aot
 def test_tpu_compilation(case, device):
     f, arrays = lowered(*case, "tpu", device)
     assert "tpu_custom_call" in compile_tpu(f, arrays, device).as_text()

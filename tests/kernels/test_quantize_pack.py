@@ -11,7 +11,6 @@ from jax.extend.random import threefry_2x32
 
 from qlab.kernels.common import grid, layout, lowering
 from qlab.kernels.quantize_pack import api, cost, pallas_gpu, pallas_tpu
-from qlab.quantization.quantizers import uniform
 
 KEY = jax.random.key(7)
 
@@ -147,6 +146,8 @@ def test_all_implementations_give_the_same_bits(run, options):
 )
 def test_decode_equals_the_fake_of_the_house_on_its_grid(run, granularity, symmetric, ties):
     x = make(6, 128, seed=2).at[:, 0].set(-1e4)  # beyond the rails of the searched grid
+    from qlab.quantization.quantizers import uniform
+
     house = uniform(3, symmetric=symmetric, granularity=granularity, ties=ties)
     house_grid = house.init(x[:, 1:].repeat(2, 1)[:, :128])
     scale, zero = house_grid.scale, house_grid.zero
@@ -162,6 +163,8 @@ def test_decode_equals_the_fake_of_the_house_on_its_grid(run, granularity, symme
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_grid_is_the_house_s_minmax(symmetric):
     x = make(8, 64)[:3]  # rows within 1e8 of the largest: there the two floors agree
+    from qlab.quantization.quantizers import uniform
+
     house = uniform(4, symmetric=symmetric, granularity="group:16", calibration="minmax").init(x)
     got = api.quantize_pack(x, bits=4, group=16, calibration="absmax" if symmetric else "minmax")
     np.testing.assert_allclose(got.scale, house.scale, rtol=3e-7)
@@ -353,6 +356,7 @@ def test_the_gpu_kernel_lowers(shape, dtype, options):
 @pytest.mark.skipif(os.environ.get("JAX_PLATFORMS") != "cpu", reason="set JAX_PLATFORMS=cpu")
 @pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v6 lite", "TPU v5"])
 @pytest.mark.parametrize(("shape", "dtype", "options"), SHAPES, ids=str)
+@pytest.mark.aot
 def test_the_tpu_kernel_compiles(shape, dtype, options, device):
     f, args = _call(pallas_tpu, shape, dtype, options, "tpu", device)
     assert lowering.compile_tpu(f, args, device)

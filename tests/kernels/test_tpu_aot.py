@@ -61,6 +61,7 @@ def listed():
 
 
 @pytest.mark.parametrize(("op", "device", "i"), listed())
+@pytest.mark.aot
 def test_compiles(op, device, i):
     _, f, args = list(CASES[op](device))[i]
     given = {k: a for k, a in args.items() if a is not None}
