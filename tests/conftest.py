@@ -1,4 +1,5 @@
-"""Shared fixtures, and which slow tests run: all with --slow, else a third that rotates by day."""
+"""Shared fixtures, and which tests run: of the slow ones all with --slow, else a third that rotates by day;
+of all a rotating third with --third."""
 
 import datetime
 import os
@@ -16,6 +17,7 @@ TOYS = Path(__file__).parent / "toys"
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run all slow tests")
     parser.addoption("--fast", action="store_true", help="run no slow tests")
+    parser.addoption("--third", action="store_true", help="run a rotating third of all tests")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -24,7 +26,9 @@ def pytest_collection_modifyitems(config, items):
     day = int(os.environ.get("QLAB_TEST_DAY", datetime.date.today().toordinal()))
     for item in items:
         turn = zlib.crc32(item.nodeid.encode()) % 3 == day % 3
-        if "slow" in item.keywords and (config.getoption("--fast") or not turn):
+        if config.getoption("--third") and not turn:
+            item.add_marker(pytest.mark.skip(reason="another day's turn"))
+        elif "slow" in item.keywords and (config.getoption("--fast") or not turn):
             item.add_marker(pytest.mark.skip(reason="slow: another day's turn, or --slow"))
 
 
