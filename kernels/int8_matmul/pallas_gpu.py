@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qlab.kernels.common import dispatch, tuned
+from qlab.kernels.common import dispatch, gpu, tuned
 from qlab.kernels.common.dispatch import Impl, Spec
 from qlab.kernels.int8_matmul import epilogue, reference
 
@@ -174,13 +174,6 @@ def kernel(*refs, names: tuple[str, ...], t: Tiles, activation: str | None, inte
     plgpu.wait_smem_to_gmem(0)
 
 
-def _interpreter():
-    """Parameters of the GPU interpreter, which JAX exports under no public name; tests only."""
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams()
-
-
 def _pad(a: jax.Array, *sizes: int) -> jax.Array:
     """a with zeros up to these sizes; itself where it has them."""
     more = [(0, size - n) for size, n in zip(sizes, a.shape, strict=True)]
@@ -223,7 +216,7 @@ def run(spec: Spec, *arrays) -> jax.Array:
         num_threads=t.groups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=_interpreter() if spec.interpret else None,
+        interpret=gpu.interpreter() if spec.interpret else None,
     )
     if spec.interpret:
         right = "x" if t.swap else "w"

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qlab.kernels.common import tuned
+from qlab.kernels.common import gpu, tuned
 from qlab.kernels.common.dispatch import Impl, Spec, needs
 from qlab.kernels.log2_softmax_quantize import levels
 
@@ -106,13 +106,6 @@ def quantize_kernel(shift_ref, z_ref, *rest, o, r, c, width, how, interpreted):
         encode(k * width, logits(k * width), top, total)
 
 
-def _interpreter():
-    """Parameters of the GPU interpreter, which JAX exports under no public name; tests only."""
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams()
-
-
 def _pad(a: jax.Array, *sizes: int) -> jax.Array:
     more = [(0, size - n) for size, n in zip(sizes, a.shape, strict=True)]
     return jnp.pad(a, more) if any(high for _, high in more) else a
@@ -137,7 +130,7 @@ def run(spec: Spec, z, mask, d) -> jax.Array:
         out_type=jax.ShapeDtypeStruct((n, columns), jnp.uint8),
         grid=(pl.cdiv(n, WARPS),),
         grid_names=("block",),
-        interpret=_interpreter() if spec.interpret else None,
+        interpret=gpu.interpreter() if spec.interpret else None,
     )(jnp.log2(d).reshape(1), z, *masks)  # fmt: skip
     return q[: b * r, :c].reshape(b, r, c)
 
@@ -252,7 +245,7 @@ def attend(spec: Spec, codes, v) -> jax.Array:
         grid=(b, rows_all // ROWS, d_all // values),
         grid_names=("batch", "rows", "values"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=_interpreter() if spec.interpret else None,
+        interpret=gpu.interpreter() if spec.interpret else None,
     )(q, v)
     return y.reshape(b, rows_all, d_all)[:, :r, :d].astype(jnp.float32 if integer else v.dtype)
 

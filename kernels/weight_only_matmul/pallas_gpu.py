@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qlab.kernels.common import dispatch, layout, tuned
+from qlab.kernels.common import dispatch, gpu, layout, tuned
 from qlab.kernels.common.dispatch import Impl, Spec
 from qlab.kernels.weight_only_matmul import arrange
 from qlab.kernels.weight_only_matmul.reference import epilogue
@@ -376,19 +376,12 @@ def run(spec: Spec, x, codes, scale, zero, offset, bias) -> jax.Array:
         num_threads=p.wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=interpreter() if spec.interpret else None,
+        interpret=gpu.interpreter() if spec.interpret else None,
     )(*operands)
     if direct:
         return y[:m, :n]
     y = y.sum(0)[:n, : m * PIECES[dtype.name]].reshape(n, -1, m).sum(1).T
     return epilogue(y, bias, o["activation"], dtype)
-
-
-def interpreter() -> Any:
-    """The parameters that make `plgpu.kernel` interpret; not public yet, hence imported only for tests."""
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams()
 
 
 IMPL = Impl("pallas_gpu", why_not, run)
