@@ -248,7 +248,9 @@ def run(
         goal=zero,
         logged=zero,
     )
-    w = _push_new(p, heuristic, plan, w, words, jnp.zeros(1, jnp.float32), zero[None], ~at_goal[None], weight)
+    w = _push_new(
+        p, heuristic, plan, w, words, jnp.zeros(1, jnp.float32), zero[None], ~at_goal[None], weight
+    )
     step = functools.partial(_iteration, p, heuristic, plan, weight, node_limit)
     w = jax.lax.while_loop(lambda w: w.status == P.RUNNING, step, w)
     solved = w.status == P.SOLVED
