@@ -107,8 +107,10 @@ def get_config(variant: str = "") -> ConfigDict:
         "flexround_fixed": {"method": "flexround", "learning_rate": 3e-2, "learn_s1": False},
     }
     if variant == "smoke":
-        c.update(seeds=2, net="digits_wide", nets=("plain",), bits=(3,), granularities=("tensor",))
+        c.update(seeds=1, net="digits_wide", nets=("plain",), bits=(3,), granularities=("tensor",))
         c.update(anchor="w3_tensor", num_iters=300, rounds=3)
+        for arm in ("rtn_minmax", "gptq", "adaquant", "flexround_fixed"):
+            del c.arms[arm]
     if variant in ("cnn", "mnist"):
         c.update(
             net=f"{'digits' if variant == 'cnn' else 'mnist'}_cnn", seeds=3, num_calibration=128
