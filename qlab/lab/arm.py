@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlab.lab import checkpoint, loop, records
+from qlab.lab.board import Board, finite_mean
 from qlab.lab.config import Config
 from qlab.lab.console import Console
 from qlab.lab.device import cache_folder, peak_memory_mb
@@ -75,13 +76,12 @@ def run_arm(build: Any, config: Config, ctx: Context) -> Outcome:
     start = time.monotonic()
     at = _start(exp, config, ctx, folder)
     log = records.JsonLines(folder / "metrics.jsonl", at.metrics_bytes)
-    tensorboard = _tensorboard(ctx.workdir / "tensorboard" / config.arm)
+    board = Board(ctx.workdir / "tensorboard" / config.arm)
     try:
-        at = _run_phases(exp, config, ctx, folder, at, log, tensorboard, start)
+        at = _run_phases(exp, config, ctx, folder, at, log, board, start)
     finally:
         log.close()
-        if tensorboard is not None:
-            tensorboard.close()
+        board.close()
     wall_s = at.wall_s + time.monotonic() - start
     rows = _evaluate(exp, config, ctx, folder, at, wall_s)
     records.write_json(
@@ -160,7 +160,7 @@ def _run_phases(
     folder: Path,
     at: _Position,
     log: records.JsonLines,
-    tensorboard: Any,
+    board: Board,
     start: float,
 ) -> _Position:
     total, before = exp.num_steps, sum(p.num_steps for p in exp.phases[: at.phase])
@@ -203,9 +203,9 @@ def _run_phases(
                         at = at._replace(diverged=_note_dead(carry, at.diverged, before, ctx))
                         rows = _metric_rows(window, config, phase.name, before, at.diverged)
                         log.write(rows)
-                        _to_tensorboard(tensorboard, rows, step)
+                        board.add(rows, step)
                         loss = window.means.get("loss")
-                        note = "" if loss is None else f"loss {_mean(loss):.4g}"
+                        note = "" if loss is None else f"loss {finite_mean(loss):.4g}"
                         ctx.console.update(step, total, note)
                     due = max(config.checkpoint_every_s, save_cost / MAX_SAVE_SHARE)
                     if ctx.stop.why or time.monotonic() - last_save > due:
@@ -232,12 +232,6 @@ def _note_dead(
             f"{ctx.label}: seed {seed} became non-finite at step {step}; it is frozen there"
         )
     return {**known, **new}
-
-
-def _mean(values: Any) -> float:
-    """Mean of the finite ones, NaN (without a warning) if none is."""
-    finite = np.asarray(values)[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else float("nan")
 
 
 def _metric_rows(
@@ -315,21 +309,3 @@ def result_rows(
                 }
             )
     return rows
-
-
-def _tensorboard(folder: Path) -> Any:
-    """An event-file writer where the extra qlab[tensorboard] is installed, else None."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    with records.guard(folder):
-        return SummaryWriter(str(folder), write_to_disk=True)
-
-
-def _to_tensorboard(writer: Any, rows: list[dict[str, Any]], step: int) -> None:
-    if writer is None or not rows:
-        return
-    for name in rows[0]["metrics"]:
-        values = [r["metrics"][name] for r in rows]
-        writer.add_scalar(f"{rows[0]['phase']}/{name}", _mean(values), step)

@@ -54,8 +54,8 @@ def session(device: str = "auto", x64: bool = False) -> Iterator[str]:
         jax.config.update("jax_platforms", _platform(device))
     try:
         devices = jax.devices()
-    except RuntimeError as e:
-        why = str(e).splitlines()[0]
+    except (RuntimeError, AssertionError) as e:  # asserted where JAX_PLATFORMS leaves nothing
+        why = (str(e).splitlines() or ["JAX has no such backend"])[0]
         raise UserError(
             f"device {device!r} is not there ({why}); use --device cpu, or install qlab[cuda13] or qlab[tpu]"
         ) from None

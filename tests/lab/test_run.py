@@ -253,7 +253,9 @@ class TestMistakes:
         assert main(["--config", "toy.py", "--workdir", "w"]) == 2
         assert "unknown experiment 'flexrond'; did you mean flexround?" in line(capsys)
 
-    def test_a_device_that_is_not_there(self, toy):
+    @pytest.mark.parametrize("platforms", ["", "cpu"])
+    def test_a_device_that_is_not_there(self, toy, platforms, monkeypatch):
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
         done = cli("--config", "toy.py:smoke", "--workdir", "w", "--device", "tpu")
         assert done.returncode == 2
         assert "device 'tpu' is not there" in done.stderr.splitlines()[-1]
