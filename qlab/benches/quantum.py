@@ -26,6 +26,7 @@ import numpy as np
 from qlab.benches.measure import Number, Tell, find, interleave, ratio, seconds_per_call
 from qlab.lab.experiment import Claim, Figure, Metric
 from qlab.quantum import ansatz, hamiltonians, noise, pauli
+from qlab.quantum.qml import pennylane
 
 METRICS = {
     "call_ms": Metric("ms", "lower", "value and gradient, steady"),
@@ -69,7 +70,7 @@ def ptm(n: int, blocks: int, lam: float) -> Gradient:
 
 
 def default_mixed(n: int, blocks: int, lam: float) -> Gradient:
-    import pennylane as qml
+    qml = pennylane()
 
     h = jnp.asarray(pauli.to_dense(hamiltonians.tfim_ring(n)))
     one, two = (list(np.asarray(noise.depolarizing_kraus(jnp.asarray(lam), k))) for k in (1, 2))

@@ -21,6 +21,7 @@ from qlab.lab.errors import UserError
 from qlab.quantum import noise as nz
 from qlab.quantum import ptm as pt
 from qlab.quantum.pauli import PAULIS, PauliSum, to_coords
+from qlab.quantum.qml import pennylane
 
 MAX_SCALE = 7  # largest odd folding scale the fast path prepares
 
@@ -143,7 +144,7 @@ def state_of(
 @functools.cache
 def _mixed_circuit(n: int, num_blocks: int, scale: int):
     """The QNode (rotations c[2, L+1, 2, n, 2, 2] by sign, CNOT and Kraus arrays) -> rho, built once."""
-    import pennylane as qml
+    qml = pennylane()
 
     tape = fold_gates(ry_rz_tape(n, num_blocks), scale)
 
