@@ -6,6 +6,7 @@ in metrics.jsonl, so what cannot be written here is dropped, once and without an
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Board:
         self._writer: Any = None
         self._flushed = time.monotonic()
         try:
-            from tensorboardX.proto import event_pb2, summary_pb2
+            event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")
+            summary_pb2: Any = importlib.import_module("tensorboardX.proto.summary_pb2")
             from tensorboardX.record_writer import RecordWriter
         except ImportError:
             return
