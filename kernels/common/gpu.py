@@ -12,6 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlab.kernels.common import layout
 
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # parts of the device kinds with sm_90
+SHARED = 227 << 10  # bytes of shared memory a block may use on sm_90
+
 
 def interpreter():
     """What `plgpu.kernel(interpret=...)` takes to run on a CPU; has no public name yet."""

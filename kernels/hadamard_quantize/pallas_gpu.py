@@ -23,7 +23,6 @@ from qlab.kernels.common.dispatch import Impl, Spec, needs
 from qlab.kernels.hadamard_quantize import matrices, reference
 
 ROWS = 64  # of a warpgroup product
-SHARED = 227 * 1024
 PIECES = {"bfloat16": (1, 2), "float16": (2, 2), "float32": (3, 3)}  # of x, of the first product
 
 
@@ -57,8 +56,10 @@ def plan(spec: Spec) -> tuple[int, str]:
         rows = k // c  # of a token
         held = max(rows, ROWS) * c if bits and bits < 8 and rows > 1 else 0
         shared = 2 * c * c + 2 * ROWS * c * max(PIECES[spec.dtypes["x"]]) + 2 * ROWS * ROWS + held
-        if shared > SHARED:
-            why = f"tiles of {c} columns need {shared} bytes of shared memory, there are {SHARED}"
+        if shared > gpu.SHARED:
+            why = (
+                f"tiles of {c} columns need {shared} bytes of shared memory, there are {gpu.SHARED}"
+            )
         elif bits and rows != 1 and (rows < 8 or (ROWS % rows and rows % ROWS)):
             why = f"a token of K={k} is {rows} rows of a tile; 1, 8, 16, 32 or a multiple of 64 fit"
         elif bits and bits < 8:

@@ -20,7 +20,6 @@ from qlab.kernels.common import dispatch, gpu, tuned
 from qlab.kernels.common.dispatch import Impl, Spec
 from qlab.kernels.int8_matmul import epilogue, reference
 
-HOPPER = ("H100", "H200", "H20", "H800", "GH200")
 SMEM_BYTES = 227 << 10
 STAGE_BYTES = 128  # of a row of the result that one warpgroup stages in shared memory at a time
 CORES = 132  # of the H100 and H200: fewer blocks than that leave some idle
@@ -83,7 +82,7 @@ def smem_bytes(spec: Spec, t: Tiles) -> int:
 def why_not(spec: Spec) -> str:
     if why := dispatch.needs(spec, "gpu"):
         return why
-    if not spec.interpret and not any(h in spec.device for h in HOPPER):
+    if not spec.interpret and not any(h in spec.device for h in gpu.HOPPER):
         return f"{spec.device} is no Hopper GPU (compute capability 9.0), and wgmma is Hopper's"
     t = tiles(spec)
     need = smem_bytes(spec, t)

@@ -36,9 +36,7 @@ from qlab.kernels.weight_only_matmul.reference import epilogue
 
 ROWS = 64  # rows of weights of a warpgroup: what wgmma takes
 CHUNK = 256  # columns at once of a group too long for shared memory
-SHARED = 227 << 10  # bytes of shared memory a block may use on sm_90
 BLOCKS = 2 * 132  # two blocks for each multiprocessor of an H100 or H200
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 PIECES = {"bfloat16": 1, "float16": 2, "float32": 3}
 
 
@@ -97,7 +95,7 @@ def heuristic(spec: Spec) -> dict[str, int]:
         tile_m, parts = 128, layout.parts(spec.options["bits"])
         step = max(chunk, 128)
         codes = wgs * ROWS * step * spec.options["bits"] // 8
-        while 2 * (codes + 2 * tile_m * step * len(parts)) + wgs * ROWS * tile_m * 4 > SHARED:
+        while 2 * (codes + 2 * tile_m * step * len(parts)) + wgs * ROWS * tile_m * 4 > gpu.SHARED:
             tile_m //= 2  # two steps must fit beside the result
         return {"tile_m": tile_m, "wgs": wgs, "step": 128, "stages": 4, "splits": 1}
     step = 256 if m <= 16 else 128
@@ -118,7 +116,9 @@ def plan(spec: Spec) -> Plan:
     m = round_up(max(spec.dims["m"], 1) * PIECES[spec.dtypes["x"]], tile_m)
     n = round_up(spec.dims["n"], wgs * ROWS)
     p = Plan(tile_m, wgs, m, n, unit, chunk, num, per_step, splits, 1)
-    half, whole = ((r - out_bytes(p, 4)) // stage_bytes(p, bits) for r in (SHARED // 2, SHARED))
+    half, whole = (
+        (r - out_bytes(p, 4)) // stage_bytes(p, bits) for r in (gpu.SHARED // 2, gpu.SHARED)
+    )
     fit = half if tile_m < 64 and half >= 2 else whole  # two narrow blocks share a multiprocessor
     return p._replace(stages=max(min(want["stages"], fit, steps // splits), 1))
 
@@ -136,15 +136,13 @@ def out_bytes(p: Plan, itemsize: int) -> int:
 def why_not(spec: Spec) -> str:
     if why := dispatch.needs(spec, "gpu"):
         return why
-    if not spec.interpret and not any(name in spec.device for name in HOPPER):
+    if not spec.interpret and not any(name in spec.device for name in gpu.HOPPER):
         return f"needs Hopper (sm_90: wgmma with the left operand in registers), the device is {spec.device}"
     p, bits = plan(spec), spec.options["bits"]
     if p.tile_m % 8 or p.tile_m > 256:
         return f"tile_m={p.tile_m}; wgmma takes a multiple of 8 up to 256"
-    if (need := stage_bytes(p, bits) * p.stages + out_bytes(p, 4)) > SHARED:
-        return (
-            f"its blocks take {need} bytes of shared memory, sm_90 has {SHARED}; tune smaller ones"
-        )
+    if (need := stage_bytes(p, bits) * p.stages + out_bytes(p, 4)) > gpu.SHARED:
+        return f"its blocks take {need} bytes of shared memory, sm_90 has {gpu.SHARED}; tune smaller ones"
     return ""
 
 
