@@ -13,6 +13,10 @@ import pytest
 
 TOYS = Path(__file__).parent / "toys"
 
+# Pallas's GPU interpreter runs each thread of a kernel as a computation that may block in a callback. With
+# as few threads as a small machine has cores, all of them end up waiting for one that cannot start.
+os.environ.setdefault("PJRT_NPROC", "8")
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run all slow tests")
