@@ -1,5 +1,5 @@
 """Shared fixtures, and which tests run: of the slow ones all with --slow, else a third that rotates by day;
-of all a rotating third with --third."""
+of all a rotating Nth with --share N."""
 
 import datetime
 import os
@@ -21,18 +21,19 @@ os.environ.setdefault("PJRT_NPROC", "8")
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run all slow tests")
     parser.addoption("--fast", action="store_true", help="run no slow tests")
-    parser.addoption("--third", action="store_true", help="run a rotating third of all tests")
+    parser.addoption("--share", type=int, default=1, help="run a rotating Nth of all tests")
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--slow") or "slow" in (config.option.markexpr or ""):
         return
     day = int(os.environ.get("QLAB_TEST_DAY", datetime.date.today().toordinal()))
+    share = config.getoption("--share")
     for item in items:
-        turn = zlib.crc32(item.nodeid.encode()) % 3 == day % 3
-        if config.getoption("--third") and not turn:
+        turn = zlib.crc32(item.nodeid.encode())
+        if turn % share != day % share:
             item.add_marker(pytest.mark.skip(reason="another day's turn"))
-        elif "slow" in item.keywords and (config.getoption("--fast") or not turn):
+        elif "slow" in item.keywords and (config.getoption("--fast") or turn % 3 != day % 3):
             item.add_marker(pytest.mark.skip(reason="slow: another day's turn, or --slow"))
 
 
