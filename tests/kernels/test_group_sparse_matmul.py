@@ -1,7 +1,5 @@
 """group_sparse_matmul: every implementation against float64 NumPy and scipy's block-sparse rows."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 import scipy.sparse
 
 from qlab.kernels.common import dispatch, layout
-from qlab.kernels.common.lowering import compile_tpu, lower_gpu
 from qlab.kernels.group_sparse_matmul import api, bsr, cost
 from qlab.kernels.weight_only_matmul.api import weight_only_matmul
 
@@ -300,50 +297,3 @@ def test_what_the_kernels_take_and_refuse():
     assert "power of two" in refused("pallas_gpu", chunk=96)[0][1]
     assert "128 lanes" in refused("pallas_tpu", chunk=96)[0][1]
     assert "bytes of VMEM" in refused("pallas_tpu", m=64, n=65536)[0][1]
-
-
-SHAPES = [  # m, k, n, nnz, bits, group, x dtype, zero
-    (1, 4096, 4096, 524288, 4, 16, "bfloat16", True),
-    (16, 4096, 4096, 131072, 4, 16, "bfloat16", True),
-    (64, 4096, 2048, 30000, 2, 128, "float32", False),
-    (3, 512, 100, 777, 3, 32, "float16", True),
-]
-
-
-def lowered(m, k, n, nnz, bits, group, dtype, zero, chunk, platform, device):
-    spec = api.spec_of(m, k, n, nnz, bits=bits, group=group, chunk=chunk, x_dtype=dtype, zero=zero,
-                       platform=platform, device=device)  # fmt: skip
-    p, s = -(-nnz // chunk), jax.ShapeDtypeStruct
-    arrays = [s((m, k), dtype), s((n + 1,), jnp.int32), s((nnz,), jnp.int16),
-              s((nnz, layout.row_bytes(group, bits)), jnp.uint8), s((nnz,), jnp.float32),
-              s((nnz,), jnp.float32), s((1, p * chunk), jnp.int32), s((p, chunk), jnp.int32),
-              s((p, 8), jnp.int32)]  # fmt: skip
-
-    def f(x, row_ptr, col, codes, scale, z, *plan):
-        z = z if zero else None
-        name = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}[platform]
-        return dispatch.run(
-            api.IMPLS, spec, x, row_ptr, col, codes, scale, z, None, *plan, impl=name
-        )
-
-    return f, arrays
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gpu_lowering(shape):
-    f, arrays = lowered(*shape, 128, "gpu", "NVIDIA H200")
-    assert "__gpu$xla.gpu.triton" in lower_gpu(f, *arrays).mlir_module()
-
-
-@pytest.mark.skipif(
-    not importlib.util.find_spec("libtpu"), reason="no libtpu: pip install 'jax[tpu]'"
-)
-@pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.aot
-def test_tpu_compilation(shape, device):
-    f, arrays = lowered(*shape, 1024, "tpu", device)
-    text = compile_tpu(f, arrays, device).as_text()
-    assert "tpu_custom_call" in text
-    # The codes are transposed by reading them so, not by a copy.
-    assert not [line for line in text.splitlines() if " copy(" in line and "u8[" in line]

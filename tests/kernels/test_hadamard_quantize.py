@@ -1,15 +1,12 @@
 """hadamard_quantize: every implementation against dense float64 matrices; orders against H H^T = n I."""
 
-import importlib.util
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
 
-from qlab.kernels.common import layout, lowering
+from qlab.kernels.common import layout
 from qlab.kernels.hadamard_quantize import api, cost, matrices, pallas_gpu, pallas_tpu
 
 # Of the norm of a block: float32 sums; of the value: one rounding to the dtype.
@@ -208,37 +205,3 @@ def test_bytes():
     x = make((4, 256), "bfloat16")
     moved = x.nbytes + sum(a.nbytes for a in api.hadamard_quantize(x, bits=4))
     assert cost.num_bytes(4, 256, bits=4) == moved
-
-
-# --- devices that are not here ----------------------------------------------------------------------
-
-SHAPES = [
-    ((128, 4096), "bfloat16", dict(bits=4)),
-    ((128, 14336), "bfloat16", dict(bits=8)),
-    ((128, 1024), "float32", dict(bits=0, block=64)),
-    ((128, 512), "float32", dict(bits=4)),
-    ((5, 128), "bfloat16", dict(bits=3)),
-]
-
-
-@pytest.mark.parametrize(("shape", "dtype", "options"), SHAPES, ids=str)
-def test_the_gpu_kernel_lowers(shape, dtype, options):
-    spec = api.spec_of(*shape, x_dtype=dtype, platform="gpu", device="NVIDIA H200", **options)
-    assert pallas_gpu.why_not(spec) == ""
-    args = jax.ShapeDtypeStruct(shape, dtype)
-    assert lowering.lower_gpu(lambda x: pallas_gpu.run(spec, x), args).out_avals
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install jax[tpu]"
-)
-@pytest.mark.skipif(os.environ.get("JAX_PLATFORMS") != "cpu", reason="set JAX_PLATFORMS=cpu")
-@pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v6 lite", "TPU v5"])
-@pytest.mark.parametrize(("shape", "dtype", "options"), SHAPES, ids=str)
-@pytest.mark.aot
-def test_the_tpu_kernel_compiles(shape, dtype, options, device):
-    spec = api.spec_of(*shape, x_dtype=dtype, platform="tpu", device=device, **options)
-    assert pallas_tpu.why_not(spec) == ""
-    args = [jax.ShapeDtypeStruct(shape, dtype)]
-    assert lowering.compile_tpu(lambda x: pallas_tpu.run(spec, x), args, device)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlab.kernels.common import dispatch, lowering
+from qlab.kernels.common import dispatch
 from qlab.kernels.int8_matmul import api, cost, epilogue, pallas_gpu, pallas_tpu
 
 # Relative to |x_scale w_scale sum| + |bias|: roundings of the sum, two products, a bias, and of y.
@@ -287,81 +287,3 @@ def test_jit_vmap_and_no_second_compile(rng):
     np.testing.assert_array_equal(f(x, w, sw), want)
     f(x[::-1], w, sw)
     assert f._cache_size() == 1
-
-
-# ---- code for devices that are not at hand
-
-
-def arguments(spec):
-    """The arrays run takes for a Spec, as shapes; None where absent."""
-    m, k, n = spec.dims["m"], spec.dims["k"], spec.dims["n"]
-    o, s = spec.options, jax.ShapeDtypeStruct
-    scaled = o["out"] != "int32"
-    return [
-        s((m, k), spec.dtypes["x"]),
-        s((n, k), "int8"),
-        s((m,), "float32") if scaled and not o["dynamic"] else None,
-        s((n,), "float32") if scaled else None,
-        s((m,), "int8") if "x" in o["zeros"] else None,
-        s((n,), "int8") if "w" in o["zeros"] else None,
-        s((n,), "float32") if o["bias"] else None,
-        None,
-    ]
-
-
-def closed(run, spec):
-    """(f, args): f takes the arrays that are there."""
-    full = arguments(spec)
-    there = [i for i, a in enumerate(full) if a is not None]
-
-    def f(*arrays):
-        filled = list(full)
-        for i, a in zip(there, arrays, strict=True):
-            filled[i] = a
-        return run(spec, *filled)
-
-    return f, [full[i] for i in there]
-
-
-# m, k, n, options of spec_of
-MAIN = {
-    "gemm": (4096, 4096, 4096, {}),
-    "gemv": (1, 8192, 8192, {}),
-    "decode": (16, 4096, 11008, dict(x_dtype="bfloat16", bias=True)),
-    "all": (300, 1000, 777, dict(zeros="xw", bias=True, activation="silu")),
-    "gelu": (256, 2048, 2048, dict(x_dtype="float32", zeros="w", activation="gelu", out="float32")),
-    "odd": (3, 127, 5, dict(zeros="xw", activation="relu", out="float16")),
-    "integer": (64, 4097, 512, dict(zeros="x", out="int32")),
-    "one": (1, 1, 1, {}),
-}
-
-
-@pytest.mark.parametrize("case", MAIN)
-def test_lowers_for_hopper(case):
-    m, k, n, options = MAIN[case]
-    spec = api.spec_of(m, k, n, **options, platform="gpu", device="NVIDIA H200")
-    assert pallas_gpu.why_not(spec) == ""
-    f, args = closed(pallas_gpu.run, spec)
-    text = lowering.lower_gpu(f, *args).mlir_module()
-    assert "mosaic_gpu" in text
-
-
-@pytest.mark.parametrize("case", MAIN)
-def test_lowers_for_tpu(case):
-    m, k, n, options = MAIN[case]
-    spec = api.spec_of(m, k, n, **options, platform="tpu", device="TPU v5 lite")
-    assert pallas_tpu.why_not(spec) == ""
-    f, args = closed(pallas_tpu.run, spec)
-    assert "tpu_custom_call" in lowering.lower_tpu(f, *args).mlir_module()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
-@pytest.mark.parametrize("case", MAIN)
-@pytest.mark.aot
-def test_compiles_for_tpu(case, device):
-    pytest.importorskip("libtpu", reason="needs libtpu: pip install 'jax[tpu]'")
-    m, k, n, options = MAIN[case]
-    spec = api.spec_of(m, k, n, **options, platform="tpu", device=device)
-    f, args = closed(pallas_tpu.run, spec)
-    lowering.compile_tpu(f, args, device)

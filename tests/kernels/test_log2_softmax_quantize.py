@@ -1,14 +1,11 @@
 """log2_softmax_quantize and log2_attend: every implementation against float64 NumPy."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qlab.kernels.common import dispatch, layout
-from qlab.kernels.common.lowering import compile_tpu, lower_gpu
 from qlab.kernels.log2_softmax_quantize import api, cost, levels, pallas_gpu, pallas_tpu
 
 STEPS = {"log2": 1, "log_sqrt2": 2}
@@ -289,46 +286,3 @@ def test_what_the_kernels_refuse():
 def test_cost_counts_what_moves():
     assert cost.num_bytes(2, 3, 5, z="float32", mask=True) == 2 * 3 * 5 * 6
     assert cost.attend_bytes(1, 4, 8, 2) == 4 * 8 + 8 * 2 + 4 * 2 * 4
-
-
-QUANTIZE = [  # b, r, c, options
-    (8, 1024, 1024, dict(bits=4, dtype="bfloat16")),
-    (2, 300, 5000, dict(bits=4, base="log_sqrt2", causal=True, mask=True)),
-    (2, 197, 197, dict(bits=8, base="log_sqrt2", zero_code="clip")),
-]
-ATTEND = [
-    (8, 1024, 1024, dict(bits=4, d=128, dtype="int8", fraction=14)),
-    (2, 300, 5000, dict(bits=4, base="log_sqrt2", d=64, dtype="int8", fraction=7)),
-    (2, 197, 197, dict(bits=4, base="log_sqrt2", d=64, dtype="bfloat16")),
-]
-
-
-def lowered(b, r, c, o, platform, device):
-    spec = api.spec_of(b, r, c, platform=platform, device=device, **o)
-    s, name = jax.ShapeDtypeStruct, {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}[platform]
-    if d := o.get("d"):
-        arrays = [s((b, r, c), jnp.uint8), s((b, c, d), o["dtype"])]
-        return lambda *a: dispatch.run(api.ATTEND_IMPLS, spec, *a, impl=name), arrays
-    arrays = [s((b, r, c), o.get("dtype", "float32")), s((b, r, c), jnp.bool_), s((), jnp.float32)]
-
-    def f(z, mask, scale):
-        return dispatch.run(api.IMPLS, spec, z, mask if o.get("mask") else None, scale, impl=name)
-
-    return f, arrays
-
-
-@pytest.mark.parametrize("case", QUANTIZE + ATTEND)
-def test_gpu_lowering(case):
-    f, arrays = lowered(*case, "gpu", "NVIDIA H200")
-    assert "mosaic_gpu" in lower_gpu(f, *arrays).mlir_module()
-
-
-@pytest.mark.skipif(
-    not importlib.util.find_spec("libtpu"), reason="no libtpu: pip install 'jax[tpu]'"
-)
-@pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
-@pytest.mark.parametrize("case", QUANTIZE + ATTEND)
-@pytest.mark.aot
-def test_tpu_compilation(case, device):
-    f, arrays = lowered(*case, "tpu", device)
-    assert "tpu_custom_call" in compile_tpu(f, arrays, device).as_text()

@@ -1,15 +1,12 @@
 """quantize_pack: every implementation against float64 NumPy, the house's fake and independent random bits."""
 
-import importlib.util
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
 
-from qlab.kernels.common import grid, layout, lowering
+from qlab.kernels.common import grid, layout
 from qlab.kernels.quantize_pack import api, cost, pallas_gpu, pallas_tpu
 
 KEY = jax.random.key(7)
@@ -314,49 +311,3 @@ def test_bytes():
     got = api.quantize_pack(make(4, 256, "bfloat16"), bits=3, group=64, calibration="minmax")
     moved = 4 * 256 * 2 + sum(a.nbytes for a in got)
     assert cost.num_bytes(4, 256, bits=3, group=64, zero=True) == moved
-
-
-# --- devices that are not here ----------------------------------------------------------------------
-
-SHAPES = [
-    ((4096, 4096), "bfloat16", dict(bits=4, group=128)),
-    ((4096, 4096), "bfloat16", dict(bits=2, group=32, calibration="minmax")),
-    ((512, 4096), "float32", dict(bits=3, group=64, calibration="given", rounding="half_up")),
-    ((512, 4096), "float32", dict(bits=4, group=256, rounding="stochastic")),
-    ((512, 4096), "bfloat16", dict(bits=8)),
-    ((16, 4096), "bfloat16", dict(bits=4, calibration="minmax", rounding="stochastic")),
-]
-
-
-def _call(module, shape, dtype, options, platform, device):
-    spec = api.spec_of(*shape, x_dtype=dtype, platform=platform, device=device, **options)
-    assert module.why_not(spec) == ""
-    given, keyed = options.get("calibration") == "given", options.get("rounding") == "stochastic"
-    args = [jax.ShapeDtypeStruct(shape, dtype)]
-    side = (shape[0], layout.num_groups(shape[1], options.get("group", 0)))
-    args += [jax.ShapeDtypeStruct(side, jnp.float32)] * given
-    args += [jax.ShapeDtypeStruct((2,), jnp.int32)] * keyed
-
-    def f(x, *rest):
-        return module.run(spec, x, rest[0] if given else None, None, rest[-1] if keyed else None)
-
-    return f, args
-
-
-@pytest.mark.parametrize(("shape", "dtype", "options"), SHAPES, ids=str)
-def test_the_gpu_kernel_lowers(shape, dtype, options):
-    f, args = _call(pallas_gpu, shape, dtype, options, "gpu", "NVIDIA H200")
-    assert lowering.lower_gpu(f, *args).out_avals
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install jax[tpu]"
-)
-@pytest.mark.skipif(os.environ.get("JAX_PLATFORMS") != "cpu", reason="set JAX_PLATFORMS=cpu")
-@pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v6 lite", "TPU v5"])
-@pytest.mark.parametrize(("shape", "dtype", "options"), SHAPES, ids=str)
-@pytest.mark.aot
-def test_the_tpu_kernel_compiles(shape, dtype, options, device):
-    f, args = _call(pallas_tpu, shape, dtype, options, "tpu", device)
-    assert lowering.compile_tpu(f, args, device)
