@@ -276,7 +276,7 @@ def explain(
 
     Args:
       op: "matmul", "int8_matmul", ...; args: for "matmul", (x, qt) of the call; else none.
-      device: kind of a device that need not be here ("NVIDIA H200", "TPU v5 lite", "cpu"); None: this one.
+      device: kind of a device that need not be here ("NVIDIA H200", "TPU v5 lite", "cpu"); None: this.
       impl: as if the call named it. options: sizes and options of the operation's `spec_of`, by name.
 
     >>> print(explain("matmul", m=1, k=64, n=8, bits=4, device="cpu").runs)
@@ -357,10 +357,10 @@ def would_help(
 def platform_of(device: str) -> str:
     """ "gpu", "tpu" or "cpu" from a device kind.
 
-    >>> platform_of("NVIDIA H200"), platform_of("TPU v6 lite"), platform_of("cpu")
+    >>> platform_of("NVIDIA H200"), platform_of("TPU v6 lite"), platform_of("cpu amx_bf16")
     ('gpu', 'tpu', 'cpu')
     """
-    if device.lower() == "cpu":
+    if device.lower().startswith("cpu"):
         return "cpu"
     return "tpu" if device.upper().startswith("TPU") else "gpu"
 

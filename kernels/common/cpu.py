@@ -15,6 +15,11 @@ def features() -> frozenset[str]:
     return frozenset(rows[0].split()) if rows else frozenset()
 
 
-def multiplies_bf16() -> bool:
-    """AMX, AVX-512 BF16 or Arm's BF16 extension."""
-    return bool(features() & {"amx_bf16", "avx512_bf16", "bf16"})
+@functools.cache
+def kind() -> str:
+    """The device kind: "cpu" and its bf16 unit, as in "cpu amx_bf16"; "cpu" where it has none.
+
+    JAX calls every processor "cpu", but which product is fast, and whether low bits win, hangs on the unit.
+    """
+    units = [u for u in ("amx_bf16", "avx512_bf16", "bf16") if u in features()]
+    return " ".join(["cpu", *units[:1]])

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlab.kernels.common import cpu
+
 ORDER = {
     "cpu": ("xla", "reference"),
     "gpu": ("pallas_gpu", "xla", "reference"),
@@ -28,7 +30,7 @@ class Spec(NamedTuple):
     Attributes:
       op: its name. dims: sizes by letter, e.g. {"m": 1, "k": 4096, "n": 4096}.
       dtypes: dtype names by argument. options: static options of the call (bits, group, ...).
-      platform: "cpu", "gpu" or "tpu". device: device kind, e.g. "NVIDIA H200", "TPU v5e", "cpu".
+      platform: "cpu", "gpu" or "tpu". device: device kind, e.g. "NVIDIA H200", "TPU v5e", "cpu amx_bf16".
       interpret: run Pallas kernels in the interpreter (tests): the platform then does not matter.
     """
 
@@ -50,11 +52,11 @@ class Impl(NamedTuple):
 
 
 def here() -> tuple[str, str]:
-    """(platform, device kind) of the default device."""
+    """(platform, device kind) of the default device; a CPU's kind names its bf16 unit."""
     chosen = jax.config.jax_default_device
     device = chosen if isinstance(chosen, jax.Device) else jax.devices()[0]
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
-    return platform, device.device_kind
+    return platform, cpu.kind() if platform == "cpu" else device.device_kind
 
 
 def make_spec(op: str, dims: dict, dtypes: dict, options: dict, interpret: bool = False) -> Spec:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qlab.kernels.common import cpu, layout
+from qlab.kernels.common import layout
 from qlab.kernels.common.dispatch import Impl, Spec
 from qlab.kernels.weight_only_matmul.reference import epilogue
 
@@ -64,7 +64,7 @@ def narrow(spec: Spec, m: int, dtype) -> bool:
     """Whether the product is done in the dtype of x rather than in float32."""
     if dtype == jnp.float32 or m == 1:
         return False
-    return spec.platform != "cpu" or (dtype == jnp.bfloat16 and cpu.multiplies_bf16())
+    return spec.platform != "cpu" or (dtype == jnp.bfloat16 and spec.device != "cpu")
 
 
 def run(spec: Spec, x, codes, scale, zero, offset, bias) -> jax.Array:

@@ -378,10 +378,11 @@ def test_blocks_that_do_not_fit_are_refused(monkeypatch):
 
 
 def test_the_cpu_multiplies_in_bf16_only_where_it_has_the_unit(monkeypatch):
-    spec = api.spec_of(64, 64, 8, bits=4, platform="cpu", device="cpu")
-    for has in (False, True):
-        monkeypatch.setattr(cpu, "multiplies_bf16", lambda has=has: has)
-        assert xla.narrow(spec, 64, jnp.bfloat16) is has
+    for flags, kind in (({"avx2"}, "cpu"), ({"avx2", "avx512_bf16", "amx_bf16"}, "cpu amx_bf16")):
+        monkeypatch.setattr(cpu, "features", lambda flags=flags: frozenset(flags))
+        assert cpu.kind.__wrapped__() == kind
+        spec = api.spec_of(64, 64, 8, bits=4, platform="cpu", device=kind)
+        assert xla.narrow(spec, 64, jnp.bfloat16) is (kind != "cpu")
         assert not xla.narrow(spec, 64, jnp.float16)
         assert not xla.narrow(spec, 1, jnp.bfloat16)
     assert xla.narrow(spec._replace(platform="gpu"), 64, jnp.float16)
