@@ -117,6 +117,12 @@ def test_awkward_sizes(run, m, k, n, bits):
     check(run, m, k, n, bits, 0, "zero", "float32")
 
 
+@pytest.mark.parametrize("run", ["xla"], indirect=True)
+@pytest.mark.parametrize("m", [xla.FEW, xla.FEW + 1])
+def test_planes_and_whole_weights_meet(run, m):
+    check(run, m, 96, 9, 4, 32, "zero_offset", "bfloat16")
+
+
 @GRID
 def test_x_may_be_a_transposed_view(run):
     check(run, 3, 64, 8, 4, 32, "symmetric", "float32", transposed=True)
