@@ -22,11 +22,15 @@ What to keep in mind: with an optimum near two macro-actions, A* on Lights Out c
 about 1300 nodes at 696 actions and a perfect Q needs two, so the ratio measures how well a small net ranks
 many actions. Many macros of the 8-puzzle end in the same state, and each such edge counts when popped.
 "first" with w < 1 stops at the first goal generated (edges) or popped (A*), so Q* may pay in path cost.
+:full is the cube with 12 and 1884 actions on DeepCubeA's test states (see python -m qlab.data), and
+:puzzle15 the 15-puzzle, both bootstrapped, for a GPU.
 """
 
 from ml_collections import ConfigDict
 
 from qlab.lab.config import base, grid
+
+VARIANTS = ("", "smoke", "puzzle15", "full")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -45,6 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
         tie="lifo",  # lifo (larger g, then the latest), fifo (the earliest)
         node_limit=3000,  # for all arms; A* needs 1300 on average at 696 actions
         max_nodes=2_000_000,  # distinct states stored; no more than a domain has
+        max_entries=0,  # written to OPEN, 4 bytes each; 0: those of 2 max_nodes states
         lookahead=False,  # edge modes: drop edges to stored states when pushing (generates all children)
         prune_stale=True,  # skip entries whose node was reached more cheaply since
         eval_states=100,
@@ -56,7 +61,14 @@ def get_config(variant: str = "") -> ConfigDict:
         blocks=0,
         train_steps=2000,
         train_batch=256,
-        k_max={"lightsout4": 32, "puzzle8": 400, "puzzle15": 500},
+        k_max={
+            "lightsout4": 32,
+            "puzzle8": 400,
+            "puzzle15": 500,
+            "puzzle24": 1000,
+            "cube2": 20,
+            "cube3": 30,
+        },
         lr=3e-3,
         lr_decay=0.999,
         target_sync="loss",  # loss, every
@@ -79,18 +91,22 @@ def get_config(variant: str = "") -> ConfigDict:
         for arm in ("qstar_bootstrap", "astar_minq", "greedy", "admissible"):
             del c.arms[arm]
         c.arms["qstar"] = {"mode": "qstar", "heuristic": "exact_q"}
-    if variant == "full":
-        # 15-puzzle at the width of the paper family, bootstrapped: exact labels do not exist here.
-        c.update(domain=("puzzle15",), macro_depth=(1,), widths=(5000, 1000), blocks=4)
-        c.update(train_steps=1_000_000, train_batch=10_000, lr=1e-3, lr_decay=0.9999993)
-        c.update(w=0.8, B=20_000, node_limit=50_000_000, max_nodes=20_000_000, block=10)
-        c.update(net="q_bootstrap")
+    if variant in ("full", "puzzle15"):
+        # At the width of the paper family, bootstrapped: exact labels do not exist here.
+        c.update(widths=(5000, 1000), blocks=4, train_steps=1_000_000, train_batch=10_000)
+        c.update(lr=1e-3, lr_decay=0.9999993, net="q_bootstrap", block=10)
+        c.update(node_limit=50_000_000, max_nodes=20_000_000, max_entries=1_000_000_000)
         c.arms = {
             "qstar": {"mode": "qstar", "heuristic": "q"},
             "astar_minq": {"heuristic": "min_q"},
             "greedy": {"heuristic": "min_q", "w": 0.0},
             "admissible": {"heuristic": "admissible", "net": "none"},
         }
+    if variant == "full":  # 12 and 1884 actions, words counted as in the paper; DeepCubeA's states
+        c.update(domain=("cube3",), macro_depth=(1, 3), dedup=False, sync_loss=0.06)
+        c.update(w=0.6, B=10_000, eval_states=500)
+    if variant == "puzzle15":
+        c.update(domain=("puzzle15",), macro_depth=(1,), w=0.8, B=20_000)
     return c
 
 

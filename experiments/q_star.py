@@ -43,7 +43,13 @@ def make_task(c: Any, name: str, depth: int) -> Task:
         weights = (jnp.asarray(d.admissible, jnp.float32), jnp.float32(d.offset))
         fixed = jax.tree_util.Partial(nets.linear, weights)
     instances = d.instances(c.instance_seed, c.eval_states)
+    optimum = d.optima(c.eval_states) if d.optima else None
+    if d.distance:
+        optimum = np.asarray(d.distance(jnp.asarray(instances)))
     max_nodes = min(c.max_nodes, d.num_states or c.max_nodes)
+    max_rows = 2 * max_nodes
+    if c.max_entries:  # a row of OPEN holds one entry, or one an action
+        max_rows = min(max_rows, c.max_entries // (1 if c.mode == "astar" else problem.num_actions))
     return Task(
         label=f"{name}_a{d.problem.num_actions}",
         domain=d,
@@ -51,10 +57,10 @@ def make_task(c: Any, name: str, depth: int) -> Task:
         learner=learn,
         heuristic=lambda params: fixed or jax.tree_util.Partial(VALUES[c.heuristic], params),
         instances=instances,
-        optimum=None if d.distance is None else np.asarray(d.distance(jnp.asarray(instances))),
+        optimum=optimum,
         options={
             "mode": c.mode, "weight": c.w, "batch": c.B, "stop": c.stop, "tie": c.tie,
-            "node_limit": c.node_limit, "max_nodes": max_nodes, "max_rows": 2 * max_nodes,
+            "node_limit": c.node_limit, "max_nodes": max_nodes, "max_rows": max_rows,
             "lookahead": c.lookahead and c.mode != "astar", "prune_stale": c.prune_stale,
         },
     )  # fmt: skip

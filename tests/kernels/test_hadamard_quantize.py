@@ -195,6 +195,7 @@ def test_refusals_of_the_kernels():
     assert why(pallas_gpu, 12).startswith("block=12 is no a x c")
     assert "bytes of shared memory" in why(pallas_gpu, 16384, x_dtype="float32")
     assert "rows of a tile" in why(pallas_gpu, 96, block=16)
+    assert "planes of 2 columns" in why(pallas_gpu, 16, bits=3)
     assert "no float16" in why(pallas_tpu, 4096, x_dtype="float16")
     assert why(pallas_tpu, 1792, block=28).startswith("block=28 is not whole slabs")
     with pytest.raises(NotImplementedError, match="needs a GPU"):

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlab.search.domains import lights_out, sliding
+from qlab.data.puzzles import puzzles
+from qlab.lab.errors import UserError
+from qlab.search.domains import cube, lights_out, sliding
 from qlab.search.problem import Problem
 
 
@@ -27,6 +29,7 @@ class Domain(NamedTuple):
       admissible: f32[m] -> h weights: h = admissible . enc + offset never overestimates.
       offset: the constant of that heuristic.
       num_states: how many can be reached, None if too many to list.
+      optima: n -> f32[n], optimal costs of the first n instances where they are known without a table.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Domain(NamedTuple):
     num_states: int | None
     states: np.ndarray | None = None
     number: Callable[[jax.Array], jax.Array] | None = None
+    optima: Callable[[int], np.ndarray] | None = None
 
 
 class Listed(NamedTuple):
@@ -67,7 +71,10 @@ def _listed(by_rank: np.ndarray, states: np.ndarray, rank, ranks: np.ndarray, de
 
 @functools.cache
 def domain(name: str, macro_depth: int = 1, dedup: bool = True) -> Domain:
-    """ "puzzle8", "puzzle15" or "lightsout<n>" with macro-actions of up to `macro_depth` base moves.
+    """A domain by name, with macro-actions of up to `macro_depth` base moves.
+
+    "puzzle8", "puzzle15", "puzzle24", "lightsout<n>", "cube2" (seven movable corners) or "cube3", whose
+    instances are DeepCubeA's test states (see qlab.data).
 
     A macro covers at most `macro_depth` base moves and every way of that many is one (up to moves that
     cancel), so exact macro distances are those of the base domain divided, rounded up.
@@ -76,11 +83,15 @@ def domain(name: str, macro_depth: int = 1, dedup: bool = True) -> Domain:
     >>> d.problem.num_actions, d.distance(jnp.zeros((1, 16), jnp.uint8)).tolist()
     (136, [0.0])
     """
-    if name in ("puzzle8", "puzzle15"):
-        return _sliding(name, 3 if name == "puzzle8" else 4, macro_depth, dedup)
+    sides = {"puzzle8": 3, "puzzle15": 4, "puzzle24": 5}
+    if name in sides:
+        return _sliding(name, sides[name], macro_depth, dedup)
+    if name in ("cube2", "cube3"):
+        return _cube(name, int(name[4]), macro_depth, dedup)
     if name.startswith("lightsout") and name[9:].isdigit():
         return _lights_out(name, int(name[9:]), macro_depth, dedup)
-    raise ValueError(f"domain {name!r}: use puzzle8, puzzle15 or lightsout<n>, e.g. lightsout4")
+    known = ", ".join((*sides, "cube2", "cube3"))
+    raise ValueError(f"domain {name!r}: use {known} or lightsout<n>, e.g. lightsout4")
 
 
 def _walked(scramble: Callable[[jax.Array, jax.Array, int], jax.Array]):
@@ -107,8 +118,10 @@ def _sliding(name: str, n: int, depth: int, dedup: bool) -> Domain:
             states = sliding.distances()[1][1:]
             return states[np.random.default_rng(seed).choice(len(states), count, replace=False)]
         keys = jax.random.split(jax.random.key(seed), count)
-        k = 400 + jnp.arange(count) % 2  # both parities
-        return np.asarray(jax.vmap(lambda key, k: sliding.scramble(key, n, k, 401))(keys, k))
+        moves = {4: 400, 5: 1000}[n]
+        k = moves + jnp.arange(count) % 2  # both parities
+        walk = lambda key, k: sliding.scramble(key, n, k, moves + 1)  # noqa: E731
+        return np.asarray(jax.vmap(walk)(keys, k))
 
     def scramble(key: jax.Array, k: jax.Array, k_max: int) -> jax.Array:
         return sliding.scramble(key, n, k, k_max)
@@ -155,6 +168,43 @@ def _lights_out(name: str, n: int, depth: int, dedup: bool) -> Domain:
         num_states=2 ** (n * n - len(lights_out.kernel(n))) if n <= 5 else None,
         states=listed.states,
         number=listed.number,
+    )
+
+
+def _cube(name: str, n: int, depth: int, dedup: bool) -> Domain:
+    def distance(s: jax.Array) -> jax.Array:
+        table = jnp.asarray(cube.distances2())
+        return -(-table[jax.vmap(cube.rank2)(s)].astype(jnp.int32) // depth).astype(jnp.float32)
+
+    def optima(count: int) -> np.ndarray:
+        lengths = puzzles(name).lengths
+        assert lengths is not None  # the cube's states come with solutions
+        return lengths[:count]
+
+    def instances(seed: int, count: int) -> np.ndarray:
+        if n == 2:  # uniform over all states but the goal
+            rng = np.random.default_rng(seed)
+            return cube.unrank2(1 + rng.choice(3674159, count, replace=False))
+        states = puzzles(name).states
+        if count > len(states):
+            raise UserError(f"eval_states={count}: {name} has {len(states)} test states")
+        return states[:count]
+
+    def scramble(key: jax.Array, k: jax.Array, k_max: int) -> jax.Array:
+        return cube.scramble(key, n, k, k_max)
+
+    weights, offset = cube.wrong_stickers(n)
+    return Domain(
+        name=name,
+        problem=cube.cube(n, depth, dedup),
+        scramble=scramble,
+        scrambles=_walked(scramble),
+        distance=distance if n == 2 else None,
+        instances=instances,
+        admissible=weights / depth,
+        offset=offset / depth,
+        num_states=3674160 if n == 2 else None,
+        optima=optima if (n, depth) == (3, 1) else None,
     )
 
 
