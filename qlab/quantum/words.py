@@ -115,16 +115,22 @@ def shortest_exact(table: Enumeration, gates: GateSet, targets: np.ndarray) -> n
     key, lengths = key[order], table.lengths[order]
     left = adjoint(table.elements.astype(np.int64))
     out = np.full(len(targets), np.nan)
+    layers = [left[table.lengths == i] for i in range(int(table.lengths[-1]) + 1)]
     for t, target in enumerate(targets):
-        rest = product(left, _times(target)[None])
-        # The adjoint brings as many factors as the word has letters.
-        for _ in range(-(-int(table.lengths[-1]) // max(1, gates.reductions)) + 1):
-            rest = canonical(rest, gates)
-        found = names(rest)
-        at = np.minimum(np.searchsorted(key, found), len(key) - 1)
-        hit = key[at] == found
-        if hit.any():
-            out[t] = (table.lengths + lengths[at])[hit].min()
+        # The first length i with a hit is enough: of a shortest word, all but its last letters (as many as the
+        # table is deep) are a left part, so no smaller i has one and this i has the best.
+        for i, layer in enumerate(layers):
+            rest = product(layer, _times(target)[None])
+            for _ in range(
+                i + 1
+            ):  # the adjoint brings at most as many factors as the word has letters
+                rest = canonical(rest, gates)
+            found = names(rest)
+            at = np.minimum(np.searchsorted(key, found), len(key) - 1)
+            hit = key[at] == found
+            if hit.any():
+                out[t] = i + lengths[at][hit].min()
+                break
     return out
 
 
