@@ -68,21 +68,14 @@ def targets(
 
 def make_solve(c: Any, name: str, e: compiler.Elements, gates, eps: float):
     """What stands in place of `search_many`, its words multiplied out again."""
-    solve = search_many
-    if c.solver == "sk":
-        solve = compiler.host_solver(
-            e, lambda us: ([pennylane_words(u, eps, gates) for u in us], 0)
-        )
-    if c.solver == "enumeration":
-        solve = compiler.host_solver(
-            e, lambda us: words.listed_words(table_of(name, c.table_len[name]), us, eps)
-        )
-    if c.solver in ("beam", "random"):
-        run = beam if c.solver == "beam" else random_walks
-        solve = lambda *args, node_limit, **_: run(  # noqa: E731
-            *args, width=c.width, max_length=c.max_length, node_limit=node_limit
-        )  # fmt: skip
-    return compiler.verified(solve, e, lambda w, u: words.word_distance(w, gates, u), eps)
+    runs = {
+        "best_first": search_many,
+        "beam": compiler.bounded(beam, c.width, c.max_length),
+        "random": compiler.bounded(random_walks, c.width, c.max_length),
+        "sk": compiler.host_solver(e, lambda us: ([pennylane_words(u, eps, gates) for u in us], 0)),
+        "enumeration": compiler.host_solver(e, lambda us: words.listed_words(table_of(name, c.table_len[name]), us, eps)),
+    }  # fmt: skip
+    return compiler.verified(runs[c.solver], e, lambda w, u: words.word_distance(w, gates, u), eps)
 
 
 def make_tasks(c: Any, name: str) -> list[Task]:
@@ -124,9 +117,9 @@ def make_tasks(c: Any, name: str) -> list[Task]:
 def build(config: Any) -> Experiment:
     c = config
     known = {"solver": SOLVERS, "heuristic": HEURISTICS, "features": unitaries.FEATURES}
-    for key, names in known.items():
-        if c[key] not in names:
-            raise UserError(f"{key}={c[key]!r}: expected {', '.join(names)}")
+    for key, allowed in known.items():
+        if c[key] not in allowed:
+            raise UserError(f"{key}={c[key]!r}: expected {', '.join(allowed)}")
     if c.num_targets % c.block:
         raise UserError(f"block={c.block} does not divide num_targets={c.num_targets}")
     names = list(c.sets)

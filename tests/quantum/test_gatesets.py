@@ -50,6 +50,7 @@ def test_features_do_not_see_the_phase(dim):
     np.testing.assert_allclose(product @ product.T, np.eye(dim**2), atol=5e-6)
 
 
+@pytest.mark.slow
 def test_haar_moments_and_small_rotations():
     u = np.asarray(jax.vmap(lambda k: unitaries.haar(k, 2))(jax.random.split(jax.random.key(0), 20_000)))  # fmt: skip
     np.testing.assert_allclose(u @ u.conj().transpose(0, 2, 1), np.eye(2)[None] + 0 * u, atol=1e-5)

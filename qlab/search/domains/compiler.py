@@ -220,6 +220,17 @@ def host_solver(
     return solve
 
 
+def bounded(run: Solve, width: int, max_length: int) -> Solve:
+    """`beam` or `random_walks` in the place of `search_many`, whose other options they do not have."""
+
+    def solve(problem, heuristic, starts, *, node_limit, **_):
+        return run(
+            problem, heuristic, starts, width=width, max_length=max_length, node_limit=node_limit
+        )
+
+    return solve
+
+
 def verified(
     solve: Solve, e: Elements, distance: Callable[[np.ndarray, np.ndarray], float], eps: float
 ) -> Solve:
