@@ -73,10 +73,11 @@ def pennylane_words(u: np.ndarray, eps: float, gates: GateSet) -> Word | None:
     PennyLane measures an error of its own, so its tolerance goes down from 2 eps until the word fits.
     """
     import pennylane as qml
+    from pennylane.ops import sk_decomposition
 
     names = {"Hadamard": "H", "T": "T", "Adjoint(T)": "Tdg"}
     for tolerance in (2 * eps, eps, eps / 2, eps / 4, eps / 8):
-        ops = qml.ops.sk_decomposition(
+        ops = sk_decomposition(
             qml.QubitUnitary(u, 0), tolerance, basis_set=("H", "T", "Adjoint(T)")
         )
         word = [gates.labels.index(names[op.name]) for op in ops if op.name != "GlobalPhase"]

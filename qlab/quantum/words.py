@@ -198,6 +198,7 @@ def simulate_qasm(text: str) -> np.ndarray:
       ValueError: a statement it does not know, with the line.
     """
     import pennylane as qml
+    from pennylane.tape import QuantumScript
 
     plain = {"h": qml.Hadamard, "cx": qml.CNOT, "cz": qml.CZ, "t": qml.T, "s": qml.S}
     turn = {"rx": qml.RX, "ry": qml.RY, "rz": qml.RZ}
@@ -221,7 +222,7 @@ def simulate_qasm(text: str) -> np.ndarray:
             raise ValueError(f"simulate_qasm: statement {line!r} is none of those to_qasm writes")
     if not ops:
         return np.eye(2**n) + 0j
-    return np.asarray(qml.matrix(qml.tape.QuantumScript(ops), wire_order=range(n)), np.complex128)
+    return np.asarray(qml.matrix(QuantumScript(ops), wire_order=range(n)), np.complex128)
 
 
 def reduced(word, gates: GateSet) -> tuple[int, ...]:

@@ -130,4 +130,5 @@ def from_words(found: list[tuple[int, ...] | None], nodes: int) -> SearchResult:
     n, zero = np.full(len(found), nodes, np.int32), np.zeros(len(found), np.int32)
     status = np.where(ok, P.SOLVED, P.EXHAUSTED).astype(np.int32)
     fields: Any = dict(path=path, cost=cost, solved=ok, num_generated=n, num_net_inputs=zero)
-    return SearchResult(**fields, num_iters=zero, max_open=zero, status=status, num_nodes=n)
+    fields |= dict(num_iters=zero, max_open=zero, status=status, num_nodes=n)
+    return SearchResult(**fields)
