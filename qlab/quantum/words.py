@@ -5,7 +5,7 @@ A word is i32[L], its first gate the leftmost factor: U = g_1 g_2 ... g_L, so g_
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -222,7 +222,8 @@ def simulate_qasm(text: str) -> np.ndarray:
             raise ValueError(f"simulate_qasm: statement {line!r} is none of those to_qasm writes")
     if not ops:
         return np.eye(2**n) + 0j
-    return np.asarray(qml.matrix(QuantumScript(ops), wire_order=range(n)), np.complex128)
+    tape: Any = QuantumScript(ops)
+    return np.asarray(qml.matrix(tape, wire_order=range(n)), np.complex128)
 
 
 def reduced(word, gates: GateSet) -> tuple[int, ...]:
