@@ -18,7 +18,7 @@ from qlab.lab.experiment import Experiment, Phase
 from qlab.search.domains import Domain
 from qlab.search.driver import search_many
 from qlab.search.learning import Learner
-from qlab.search.problem import SOLVED, STATUS, Problem
+from qlab.search.problem import SOLVED, STATUS, Problem, SearchResult
 
 COUNTS = ("num_generated", "num_net_inputs", "num_iters", "max_open", "cost", "status")
 
@@ -33,6 +33,8 @@ class Task(NamedTuple):
       instances: start states [N, ...].
       optimum: f32[N] exact costs, None if unknown.
       options: keyword arguments of `search_many`.
+      net: label of the task whose net this one uses; "" for its own.
+      solve: (problem, heuristic, starts, **options) -> SearchResult, in place of `search_many`.
     """
 
     label: str
@@ -43,6 +45,8 @@ class Task(NamedTuple):
     instances: np.ndarray
     optimum: np.ndarray | None
     options: dict[str, Any]
+    net: str = ""
+    solve: Callable[..., SearchResult] = search_many
 
 
 def search_benchmark(tasks: Sequence[Task], *, train_steps: int, block: int) -> Experiment:
@@ -76,13 +80,13 @@ def search_benchmark(tasks: Sequence[Task], *, train_steps: int, block: int) -> 
     def search_step(state):
         at = int(state["next"])
         task, first = blocks[at]
-        learned = state["learn"].get(task.label)
+        learned = state["learn"].get(task.net or task.label)
         heuristic = task.heuristic(None if learned is None else learned.params)
         starts = jnp.asarray(task.instances[first : first + block])
 
         def run(**options):
             return jax.block_until_ready(
-                search_many(task.problem, heuristic, starts, **{**task.options, **options})
+                task.solve(task.problem, heuristic, starts, **{**task.options, **options})
             )
 
         if task.label not in warm:

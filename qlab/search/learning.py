@@ -18,7 +18,8 @@ import optax
 from qlab.search.domains import Domain, exact_q
 from qlab.search.nets import net_apply, net_init
 
-Target = Literal["h", "q", "q_taken", "q_bootstrap"]
+Target = Literal["h", "q", "q_taken", "q_bootstrap", "q_bootstrap_all", "h_bootstrap"]
+BOOTSTRAPPED = ("q_bootstrap", "q_bootstrap_all", "h_bootstrap")
 
 
 class LearnState(NamedTuple):
@@ -53,6 +54,21 @@ def q_target(domain: Domain, target: Any, states: jax.Array, actions: jax.Array)
     return jnp.where(jax.vmap(p.is_goal)(states), 0.0, y)
 
 
+def all_targets(domain: Domain, target: Any, states: jax.Array) -> jax.Array:
+    """Bootstrapped y(s, a) of every action: f32[n, A]; `target` has A heads (Q) or one (h)."""
+    p = domain.problem
+    actions = jnp.arange(p.num_actions, dtype=jnp.int32)
+
+    def per_state(s):
+        return jax.vmap(lambda a: (p.next_state(s, a), p.cost(s, a)))(actions)
+
+    after, cost = jax.vmap(per_state)(states)
+    flat = after.reshape(-1, *states.shape[1:])
+    ahead = net_apply(target, jax.vmap(p.encode)(flat)).min(-1)
+    ahead = jnp.where(jax.vmap(p.is_goal)(flat), 0.0, ahead).reshape(cost.shape)
+    return jnp.where(jax.vmap(p.is_goal)(states)[:, None], 0.0, cost + ahead)
+
+
 def learner(
     domain: Domain,
     kind: Target,
@@ -67,33 +83,38 @@ def learner(
     sync_loss: float = 0.1,
     sync_every: int = 100,
 ) -> Learner:
-    """Mean squared error on one value a state ("q": on all A).
+    """Mean squared error on one value a state ("q" and "q_bootstrap_all": on all A).
 
     Args:
       kind: "h": exact h*(s), one head. "q": exact Q*(s, a) of every action, "q_taken": of one drawn
-        action. "q_bootstrap": `q_target` of one drawn action.
+        action. "q_bootstrap": `q_target` of one drawn action; "q_bootstrap_all": of every action;
+        "h_bootstrap": one head, its label the smallest of them.
       lr, lr_decay: Adam's step size is lr * lr_decay ** step.
       target_sync: copy the target net when the running loss is below sync_loss (and at least 20
         updates have passed, so that it is a loss against this target), or every sync_every updates.
     """
     p = domain.problem
-    if kind != "q_bootstrap" and domain.distance is None:
+    boots = kind in BOOTSTRAPPED
+    if not boots and domain.distance is None:
         raise ValueError(f"{domain.name} has no exact distances: use the target 'q_bootstrap'")
     optimizer = optax.adam(optax.exponential_decay(lr, 1, lr_decay))
     table = exact_q(domain) if kind == "q" else None  # here: not while a step is traced
-    heads = 1 if kind == "h" else p.num_actions
+    heads = 1 if kind in ("h", "h_bootstrap") else p.num_actions
 
     def init(key: jax.Array) -> LearnState:
         k_net, k_run = jax.random.split(key)
         state = domain.scramble(k_run, jnp.int32(0), 1)
         params = net_init(k_net, p.encode(state).shape[0], heads, widths=widths, blocks=blocks)
         zero = jnp.int32(0)
-        target = params if kind == "q_bootstrap" else jnp.zeros(0)
+        target = params if boots else jnp.zeros(0)
         return LearnState(params, optimizer.init(params), target, jnp.float32(0), zero, zero, k_run)
 
     def label(state: LearnState, states, actions):
         if kind == "q_bootstrap":
             return q_target(domain, state.target, states, actions)
+        if boots:
+            y = all_targets(domain, state.target, states)
+            return y.min(-1) if kind == "h_bootstrap" else y
         assert domain.distance is not None
         if kind == "h":
             return domain.distance(states)
@@ -111,9 +132,9 @@ def learner(
 
         def loss_fn(params):
             value = net_apply(params, enc)
-            if kind == "h":
+            if heads == 1:
                 value = value[:, 0]
-            elif kind != "q":
+            elif kind not in ("q", "q_bootstrap_all"):
                 value = jnp.take_along_axis(value, actions[:, None], 1)[:, 0]
             return jnp.square(value - y).mean()
 
@@ -123,7 +144,7 @@ def learner(
         mean = jnp.where(state.since == 0, loss, 0.9 * state.loss + 0.1 * loss)
         since = state.since + 1
         target = state.target
-        if kind == "q_bootstrap":
+        if boots:
             sync = (
                 (since >= 20) & (mean < sync_loss) if target_sync == "loss" else since >= sync_every
             )
