@@ -34,7 +34,9 @@ def build_exact(c: Any) -> Experiment:
     def evaluate(state) -> dict[str, Any]:
         rng = np.random.default_rng(int(state["seed"]))
         drawn = rng.normal(size=(c.exact_games, 4, 3))
-        paths = [[games.qre_matrix(a, c.exact_low, t) for t in rationality] for a in (GIVEN, *drawn)]
+        paths = [
+            [games.qre_matrix(a, c.exact_low, t) for t in rationality] for a in (GIVEN, *drawn)
+        ]
         given = np.array([games.worst_case(e.x, GIVEN) for e in paths[0]])
         nash = [games.nash_matrix(a) for a in drawn]
         s = c.exact_states
@@ -85,6 +87,7 @@ def build(config: Any) -> Experiment:
         raise UserError(f"env={c.env!r}: walkers with an external force are not in this lab yet")
     low, high = ANCHORS.get(c.env, (0.0, 1.0))
     env = control(c.env, max_force=c.adv_max_force, horizon=c.horizon)
+    longer = control(c.env, max_force=c.adv_max_force, horizon=c.eval_horizon)
     settings = DuelConfig(
         iterations=c.iterations, best_response=c.best_response_steps, num_envs=c.episodes_per_phase,
         horizon=c.horizon, steps_per_update=c.steps_per_update, batch_size=c.batch,
@@ -95,7 +98,9 @@ def build(config: Any) -> Experiment:
     physics = ENVS[c.env].physics
     mass = physics.mass * np.linspace(*c.grid_mass, c.grid_size)
     friction = np.linspace(*c.grid_friction, c.grid_size)
-    grid = Physics(*(jnp.asarray(x, jnp.float32) for x in np.meshgrid(mass, friction, indexing="ij")))
+    grid = Physics(
+        *(jnp.asarray(x, jnp.float32) for x in np.meshgrid(mass, friction, indexing="ij"))
+    )
 
     def make_agent(obs_dim, action_dim, temperature):
         return sac(
@@ -105,16 +110,22 @@ def build(config: Any) -> Experiment:
         )  # fmt: skip
 
     def evaluate(key, policy, own, fresh):
-        n, none = c.eval_episodes, lambda k, x: jnp.zeros((c.eval_episodes, env.adversary_dim))
+        n, steps, none = (
+            c.eval_episodes,
+            c.eval_horizon,
+            lambda k, x: jnp.zeros((c.eval_episodes, env.adversary_dim)),
+        )
         foes = {"none": none, "fresh": fresh} | ({"own": own} if own else {})
-        total = {k: play(env, key, (policy, f), jnp.zeros(n), c.horizon).mean() for k, f in foes.items()}
+        total = {
+            k: play(longer, key, (policy, f), jnp.zeros(n), steps).mean() for k, f in foes.items()
+        }
         cells = robustness_grid(
-            key, policy, lambda p: control(c.env, max_force=c.adv_max_force, horizon=c.horizon, physics=p),
-            grid, n, c.horizon,
+            key, policy, lambda p: control(c.env, max_force=c.adv_max_force, horizon=steps, physics=p),
+            grid, n, steps,
         )  # fmt: skip
         total |= {"grid": cells.mean(), "grid_q10": jnp.quantile(cells, 0.1)}
         out = {f"{k}/return": v for k, v in total.items()}
-        out |= {f"{k}/score": 100 * (v / c.horizon - low) / (high - low) for k, v in total.items()}
+        out |= {f"{k}/score": 100 * (v / steps - low) / (high - low) for k, v in total.items()}
         return out | {"grid_map": cells}
 
     return duel(env, make_agent, settings, evaluate, c.seeds)
@@ -138,11 +149,15 @@ CURRICULA = ("linear", "force", "fixed_temp")
 
 
 def _beats(text: str, task: str, right, margin: float = 0.0, source: str = "abstract") -> Claim:
-    return Claim(text, source, ("qarl", f"{task}/score"), ">=", (right, f"{task}/score"), margin, note=SMALL)
+    return Claim(
+        text, source, ("qarl", f"{task}/score"), ">=", (right, f"{task}/score"), margin, note=SMALL
+    )
 
 
 def _exact(text: str, metric: str, op: Any, bound: float) -> Claim:
-    return Claim(text, "theory", ("exact", metric), op, bound, exact=True, note="solved, not learned")
+    return Claim(
+        text, "theory", ("exact", metric), op, bound, exact=True, note="solved, not learned"
+    )
 
 
 CLAIMS = (

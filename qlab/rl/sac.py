@@ -113,7 +113,9 @@ def sac(
         raise ValueError(f"obs_dim={obs_dim}, action_dim={action_dim}: both must be at least 1")
     entropy_goal = -float(action_dim) if target_entropy is None else target_entropy
     rates = {"actor": lr_actor, "critic": lr_critic, "log_alpha": lr_alpha}
-    optimizer = optax.partition({k: optax.adam(v) for k, v in rates.items()}, {k: k for k in rates})
+    optimizer = optax.partition(
+        {k: optax.flatten(optax.adam(v)) for k, v in rates.items()}, {k: k for k in rates}
+    )
 
     def init(key: jax.Array) -> SACState:
         k_actor, k_critic = jax.random.split(key)

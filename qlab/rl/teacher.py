@@ -93,7 +93,9 @@ def iw_performance(
     >>> float(iw_performance(2.0, 2.0, jnp.array([0.1, 0.2]), jnp.array([1.0, 3.0]), 10.0))
     2.0
     """
-    log_ratio = (conc_new - conc_old) * jnp.log(rate * temps) + gammaln(conc_old) - gammaln(conc_new)
+    log_ratio = (
+        (conc_new - conc_old) * jnp.log(rate * temps) + gammaln(conc_old) - gammaln(conc_new)
+    )
     mask = jnp.broadcast_to(mask, temps.shape)
     weighted = jnp.where(mask, jnp.exp(log_ratio) * returns, 0.0)
     return weighted.sum() / jnp.maximum(mask.sum(), 1)

@@ -106,20 +106,22 @@ def play(
 ) -> jax.Array:
     """Return of one episode (at most num_steps) in each of E environments, f32[E]; shown: f32[E]."""
 
-    def one(carry, t):
+    n = len(shown)
+
+    def one(carry, keys):
         states, obs, weight, total = carry
-        k_a, k_o, k_env = jax.random.split(jax.random.fold_in(key, t), 3)
         x = see(obs, shown)
-        states, ts = jax.vmap(env.step)(
-            states, policies[0](k_a, x), policies[1](k_o, x), jax.random.split(k_env, len(shown))
-        )
+        a, o = policies[0](keys[n], x), policies[1](keys[n + 1], x)
+        states, ts = jax.vmap(env.step)(states, a, o, keys[:n])
         total += weight * ts.reward
         weight *= discount * ~(ts.terminated | ts.truncated)
         return (states, ts.obs, weight, total), None
 
-    states, obs = jax.vmap(env.reset)(jax.random.split(jax.random.fold_in(key, num_steps), len(shown)))
-    carry = (states, obs, jnp.ones(len(shown)), jnp.zeros(len(shown)))
-    return jax.lax.scan(one, carry, jnp.arange(num_steps))[0][3]
+    # One draw for all keys: each draw of its own would take longer to compile than to run.
+    keys = jax.random.split(key, (num_steps + 1, n + 2))
+    states, obs = jax.vmap(env.reset)(keys[-1, :n])
+    carry = (states, obs, jnp.ones(n), jnp.zeros(n))
+    return jax.lax.scan(one, carry, keys[:-1])[0][3]
 
 
 def robustness_grid(
@@ -245,13 +247,14 @@ def duel(
         """H steps in which `me` learns: sign 1 the protagonist, -1 the adversary."""
         shown = temps / first_mean * c.visible
 
-        def one(carry, t):
+        n = c.num_envs
+
+        def one(carry, keys):
             me, states, obs, weight, gain = carry
-            k_me, k_other, k_env, k_learn = jax.random.split(jax.random.fold_in(key, t), 4)
             x = see(obs, shown)
-            mine, theirs = agent.act(me.state, k_me, x), other(k_other, x)
+            mine, theirs = agent.act(me.state, keys[n], x), other(keys[n + 1], x)
             a, o = (mine, theirs) if sign > 0 else (theirs, mine)
-            states, ts = jax.vmap(env.step)(states, a, share * o, jax.random.split(k_env, c.num_envs))
+            states, ts = jax.vmap(env.step)(states, a, share * o, keys[:n])
             rows = Transition(
                 obs=x,
                 action=mine,
@@ -261,27 +264,26 @@ def duel(
                 temperature=temps,
             )
             me = me._replace(replay=replay_add(me.replay, rows))
-            me, metrics = learn(me, k_learn)
+            me, metrics = learn(me, keys[n + 2 :].reshape(updates_per_step, 2))
             gain += weight * ts.reward
             weight *= c.discount * ~(ts.terminated | ts.truncated)
             return (me, states, ts.obs, weight, gain), metrics
 
-        def learn(me: Learner, key):
-            def update(state, i):
-                k_rows, k_update = jax.random.split(jax.random.fold_in(key, i))
-                batch = replay_sample(me.replay, k_rows, c.batch_size)
-                new, metrics = agent.update(state, k_update, batch)
+        def learn(me: Learner, keys):
+            def update(state, k):
+                batch = replay_sample(me.replay, k[0], c.batch_size)
+                new, metrics = agent.update(state, k[1], batch)
                 ready = me.replay.size >= c.learning_starts
                 new = jax.tree.map(lambda a, b: jnp.where(ready, a, b), new, state)
                 return new, {k: metrics[k] for k in ("loss", "entropy", "alpha")}
 
-            state, metrics = jax.lax.scan(update, me.state, jnp.arange(updates_per_step))
+            state, metrics = jax.lax.scan(update, me.state, keys)
             return me._replace(state=state), metrics
 
-        k_reset = jax.random.split(jax.random.fold_in(key, c.horizon), c.num_envs)
-        states, obs = jax.vmap(env.reset)(k_reset)
-        carry = (me, states, obs, jnp.ones(c.num_envs), jnp.zeros(c.num_envs))
-        (me, *_, gain), metrics = jax.lax.scan(one, carry, jnp.arange(c.horizon))
+        keys = jax.random.split(key, (c.horizon + 1, n + 2 + 2 * updates_per_step))
+        states, obs = jax.vmap(env.reset)(keys[-1, :n])
+        carry = (me, states, obs, jnp.ones(n), jnp.zeros(n))
+        (me, *_, gain), metrics = jax.lax.scan(one, carry, keys[:-1])
         return me, gain, jax.tree.map(jnp.mean, metrics)
 
     def nothing(key, x):
@@ -318,9 +320,7 @@ def duel(
             names = ("waited", "moved", "frozen", "explored", "arrived")
             out |= {f"teacher_{n}": new.branch == i for i, n in enumerate(names)}
             out["conc"] = new.conc
-        after = state._replace(
-            step=state.step + 1, protagonist=me, adversary=foe, teacher=new
-        )
+        after = state._replace(step=state.step + 1, protagonist=me, adversary=foe, teacher=new)
         return after, out
 
     def respond(state: DuelState):

@@ -3,8 +3,9 @@
 cartpole    Gymnasium's CartPole equations with a continuous force, and a force (f_x, f_z) on the centre of
             the pole: temp = (F - friction x' + f_x + m l th'^2 sin th) / (M + m),
             th'' = (g sin th - cos th temp + (f_x cos th - f_z sin th) / m) / (l (4/3 - m cos^2 th / (M + m))),
-            x'' = temp - m l th'' cos th / (M + m); explicit Euler. Pays 1 a step; ends at |x| > 2.4 m or
-            |th| > 12 degrees.
+            x'' = temp - m l th'' cos th / (M + m); explicit Euler. Ends at |x| > 2.4 m or |th| > 12 degrees.
+            Pays 1 - (x / 2.4 m)^2 / 2 - (th / 12 degrees)^2 / 2, not below 0, where Gymnasium pays 1: an adversary
+            that cannot yet fell the pole would learn nothing from a constant.
 pendulum    Gymnasium's Pendulum with a second torque and viscous friction; pays minus its cost; never ends.
 point_mass  Two dimensions, wall at y = 0 with a gap of width 1 around x = 0; start near (0, 3), goal (0, -3);
             mass v' = force - friction v + wind. Pays exp(-0.6 distance to the goal); crossing the wall
@@ -109,7 +110,8 @@ def cartpole(physics: Physics) -> System:
         push_x = temp - m * HALF_LENGTH * bend * cos / total
         after = s + TAU * jnp.stack([v, push_x, spin, bend])
         fell = (jnp.abs(after[0]) > X_LIMIT) | (jnp.abs(after[2]) > ANGLE_LIMIT)
-        return after, jnp.float32(1), fell
+        near = 1 - 0.5 * ((after[0] / X_LIMIT) ** 2 + (after[2] / ANGLE_LIMIT) ** 2)
+        return after, jnp.maximum(near, 0.0), fell
 
     def start(key):
         return jax.random.uniform(key, (4,), minval=-0.05, maxval=0.05)
