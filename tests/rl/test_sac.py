@@ -219,7 +219,7 @@ def test_ring_overwrites_the_oldest_and_draws_from_the_filled_part():
 
 
 def test_a_replay_that_does_not_fit_says_so_before_it_is_made():
-    with pytest.raises(UserError, match="2 GB.*1 GB.*lower replay_size") as e:
+    with pytest.raises(UserError, match=r"2 GB.*1 GB.*lower replay_size") as e:
         rp.check_fits(2_000_000_000, "replay_size", free=1_000_000_000)
     assert "\n" not in str(e.value)
     rp.check_fits(100, "replay_size")

@@ -81,17 +81,18 @@ def edge64(old, target, eps):
 @pytest.mark.parametrize("eps", [0.1, 0.5, 2.0])
 def test_a_student_always_good_enough_moves_the_predicted_path(eps):
     config = t.TeacherConfig(kl_eps=eps, j_lb=0.0)
-    state, want = t.teacher_init(50.0, config), 50.0
-    for n in range(200):
+    state, want, path = t.teacher_init(50.0, config), 50.0, []
+    for _ in range(200):
         state = update(state, jnp.full(40, 0.03), jnp.ones(40), config)
         want = edge64(want, 1.0, eps)
+        path.append(want)
         np.testing.assert_allclose(state.conc, want, rtol=3e-3)
         assert int(state.count) == 0
         if want == 1.0:
             break
     assert int(state.branch) == t.ARRIVED
     assert float(state.conc) == 1.0
-    assert n + 1 == {0.1: 29, 0.5: 13, 2.0: 7}[eps]
+    assert len(path) == {0.1: 29, 0.5: 13, 2.0: 7}[eps]
 
 
 def test_a_target_above_is_reached_too():

@@ -100,7 +100,7 @@ def cartpole(physics: Physics) -> System:
     m, total = physics.mass, CART_MASS + physics.mass
 
     def advance(s, action, push):
-        x, v, angle, spin = s
+        _, v, angle, spin = s
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         f_x, f_z = push
         temp = action[0] - physics.friction * v + f_x + m * HALF_LENGTH * spin**2 * sin
