@@ -66,8 +66,8 @@ def build(config: Any) -> Experiment:
         visible=c.temperature_visible, force0=c.force0,
     )  # fmt: skip
     physics = ENVS[c.env].physics
-    mass = physics.mass * np.linspace(*c.grid_mass, c.grid_size)
-    friction = np.linspace(*c.grid_friction, c.grid_size)
+    mass = physics.mass * np.linspace(*c.grid_mass, num=c.grid_size)
+    friction = np.linspace(*c.grid_friction, num=c.grid_size)
     cells = np.meshgrid(mass, friction, indexing="ij")
     grid = Physics(*(jnp.asarray(x, jnp.float32) for x in cells))
 

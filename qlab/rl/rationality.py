@@ -32,7 +32,8 @@ def predicted_updates(conc: float, target: float, kl_eps: float) -> int:
     count = 0
     while conc != target:
         near = kl(target, conc) <= kl_eps
-        conc = target if near else optimize.brentq(lambda k: kl(k, conc) - kl_eps, target, conc)
+        edge: Any = lambda k: kl(k, conc) - kl_eps  # noqa: E731
+        conc = target if near else float(optimize.brentq(edge, target, conc))  # pyright: ignore
         count += 1
     return count
 

@@ -101,11 +101,11 @@ def sac(
     >>> agent.act(state, jax.random.key(1), jnp.ones((4, 3))).shape
     (4, 2)
     """
-    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    if not (is_number and 0 < temperature < float("inf")) and temperature not in (
-        "learned",
-        "batch",
-    ):
+    if isinstance(temperature, (int, float)):
+        known = not isinstance(temperature, bool) and 0 < temperature < float("inf")
+    else:
+        known = temperature in ("learned", "batch")
+    if not known:
         raise ValueError(
             f"temperature={temperature!r}: expected learned, batch or a number above 0 (it may be small)"
         )
@@ -171,7 +171,8 @@ def sac(
 
     def update(state: SACState, key: jax.Array, batch: Transition):
         grad, metrics = jax.grad(losses, has_aux=True)(state.params, state.target, key, batch)
-        updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
+        moves, opt_state = optimizer.update(grad, state.opt_state, state.params)
+        updates: Any = moves
         if actor_warmup:
             on = (state.updates >= actor_warmup).astype(jnp.float32)
             updates = {

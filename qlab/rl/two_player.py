@@ -194,7 +194,7 @@ def _check(c: DuelConfig, env: TwoPlayerEnv, num_seeds: int) -> int:
 
 
 def _row(env: TwoPlayerEnv, action_dim: int) -> Transition:
-    def f32(*shape: int) -> jax.ShapeDtypeStruct:
+    def f32(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     s = env.obs_dim + 1
