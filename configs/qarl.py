@@ -95,16 +95,14 @@ def get_config(variant: str = "") -> ConfigDict:
         )
         c.update(episodes_per_phase=8, learning_starts=100, batch=32, eval_episodes=4)
         c.update(replay_size=2000, exact_games=2, exact_points=9, exact_states=2)
-        for arm in ("sac_half", "rarl", "linear", "force", "fixed_temp"):
+        for arm in ("sac", "sac_half", "rarl", "linear", "force", "fixed_temp"):
             del c.arms[arm]
     if variant == "full":
         # The paper's numbers on these environments; walkers with an external force need another physics.
-        c.update(
-            seeds=10, iterations=200, horizon=500, eval_horizon=500, batch=256, steps_per_update=4
-        )
-        c.update(
-            hidden=(256, 256, 256), lr_actor=1e-4, lr_critic=3e-4, lr_alpha=3e-4, actor_warmup=500
-        )
+        c.update(seeds=10, iterations=200, horizon=500, eval_horizon=500, batch=256)
+        c.update(episodes_per_phase=6, steps_per_update=3)  # 5 there; an update must divide them
+        c.update(hidden=(256, 256, 256), lr_actor=1e-4, lr_critic=3e-4, lr_alpha=3e-4)
+        c.update(actor_warmup=500, init_temperature=1.0)
         c.update(replay_size=1_000_000, learning_starts=3000, best_response_steps=50, grid_size=11)
         c.update(j_lb=10.0)  # the repository's for cart-pole
         c.arms["sac_half"] = {"adversary_algo": "none", "iterations": 100}

@@ -1,5 +1,6 @@
 """Two players who take turns: whose rows and signs, whose updates, schedules, and games with a known end."""
 
+import functools
 from functools import partial
 from types import SimpleNamespace
 
@@ -46,6 +47,13 @@ def duel_of(config, system=None, agent=small, evaluate=lambda *a: {}):
     return m.duel(env, agent, config, evaluate)
 
 
+@functools.cache
+def built(adversary="sac_adaptive"):
+    """One duel for several tests, and its iteration compiled."""
+    exp = duel_of(config_of(adversary=adversary), pushed(fall_at=4))
+    return exp, jax.jit(exp.phases[0].step)
+
+
 def constant(value):
     return lambda key, x: jnp.full((x.shape[0], 1), value)
 
@@ -71,10 +79,9 @@ def test_grid_sets_the_physics_of_each_cell():
 
 @pytest.mark.parametrize("adversary", ["sac_adaptive", "none"])
 def test_each_learns_in_its_own_turns_from_its_own_rows(adversary):
-    config = config_of(adversary=adversary, iterations=1)
-    exp = duel_of(config, pushed(fall_at=4))
+    exp, step = built(adversary)
     first = exp.init(jax.random.key(0))
-    state, metrics = jax.jit(exp.phases[0].step)(first)
+    state, metrics = step(first)
     turns = {"sac_adaptive": 1, "none": 2}[adversary]
     rows = E * H
     players = [(state.protagonist, first.protagonist, 1.0, turns)]
@@ -110,7 +117,7 @@ def test_each_learns_in_its_own_turns_from_its_own_rows(adversary):
 
 
 def test_best_response_trains_only_the_fresh_adversary_against_a_greedy_protagonist():
-    exp = duel_of(config_of())
+    exp, _ = built()
     first = exp.init(jax.random.key(0))
     state, _ = jax.jit(exp.phases[1].step)(first)
     for name in ("protagonist", "adversary", "teacher"):
@@ -145,6 +152,7 @@ def test_schedules(teacher, adversary, temps, force):
         np.testing.assert_allclose(share, force[i], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_adversary_of_a_one_step_game_learns_to_push_against():
     """It is paid push - action: the best response is push = +1, a cooperative one -1; the protagonist's is +1."""
     agent = partial(small, lr_actor=1e-2, lr_critic=1e-2, init_temperature=0.01)
@@ -166,13 +174,13 @@ def test_the_adversary_of_a_one_step_game_learns_to_push_against():
 
 
 def test_a_networks_nan_reaches_the_loss_that_the_runner_watches():
-    exp = duel_of(config_of())
+    exp, step = built()
     for name in ("protagonist", "adversary"):
         state = exp.init(jax.random.key(0))
         player = getattr(state, name)
         broken = jax.tree.map(lambda x: x * jnp.nan, player.state.params)
         bad = player._replace(state=player.state._replace(params=broken))
-        _, metrics = jax.jit(exp.phases[0].step)(state._replace(**{name: bad}))
+        _, metrics = step(state._replace(**{name: bad}))
         assert not np.isfinite(metrics["loss"])
 
 
