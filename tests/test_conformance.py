@@ -59,7 +59,8 @@ def _rounding_rules():
 
 def _agents():
     for name, make in AGENTS.items():
-        agent = make(3, 2, num_bins=3, hidden=(8,))
+        sizes = {} if name == "sac" else {"num_bins": 3}
+        agent = make(3, 2, hidden=(8,), **sizes)
         state = agent.init(jax.random.key(3))
 
         def batch(seed):

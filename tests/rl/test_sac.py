@@ -1,0 +1,239 @@
+"""SAC and its replay: the loss against its formula in NumPy, temperatures against each other, time limits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from qlab.lab.errors import UserError
+from qlab.rl import replay as rp
+from qlab.rl import sac as m
+from qlab.rl.agent import Transition
+from qlab.rl.envs.control import System, two_player
+from qlab.rl.envs.env import alone
+from qlab.rl.rollout import collect
+
+OBS, ACT, N = 3, 2, 8
+
+
+def batch_of(seed=0, temperature=None):
+    rng = np.random.default_rng(seed)
+    draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    return Transition(
+        draw(N, OBS),
+        jnp.tanh(draw(N, ACT)),
+        draw(N),
+        jnp.full(N, 0.9),
+        draw(N, OBS),
+        None,
+        temperature,
+    )
+
+
+@functools.cache
+def agent_of(temperature, **kw):
+    """Compiled once for all tests."""
+    agent = m.sac(OBS, ACT, temperature=temperature, hidden=(16, 16), lr_actor=1e-3, tau=0.1, **kw)
+    return agent._replace(init=jax.jit(agent.init), update=jax.jit(agent.update))
+
+
+def test_density_of_the_squashed_gaussian_is_a_density():
+    mean, log_std = jnp.array([0.3]), jnp.array([-0.4])
+
+    def density(a):
+        noise = (np.arctanh(a) - 0.3) / np.exp(-0.4)
+        got, log_pi = m.squash(mean, log_std, jnp.array([noise], jnp.float32))
+        np.testing.assert_allclose(got, a, atol=1e-5)
+        return float(jnp.exp(log_pi))
+
+    for a in (-0.9, 0.0, 0.5, 0.99):
+        u = np.arctanh(a)
+        np.testing.assert_allclose(
+            density(a), stats.norm(0.3, np.exp(-0.4)).pdf(u) / (1 - a**2), rtol=1e-4
+        )
+    grid = np.tanh(np.linspace(-6, 6, 4001))
+    noise = (np.linspace(-6, 6, 4001) - 0.3) / np.exp(-0.4)
+    _, log_pi = m.squash(
+        jnp.full((4001, 1), 0.3),
+        jnp.full((4001, 1), -0.4),
+        jnp.asarray(noise[:, None], jnp.float32),
+    )
+    np.testing.assert_allclose(integrate.trapezoid(np.exp(log_pi), grid), 1.0, atol=1e-3)
+    far = m.squash(jnp.array([40.0]), jnp.array([0.0]), jnp.array([0.0]))[1]
+    assert np.isfinite(far)
+
+
+def numpy_net(params, x, i):
+    layers = [{k: np.float64(v[i]) for k, v in layer.items()} for layer in params]
+    for layer in layers[:-1]:
+        x = np.maximum(x @ layer["w"] + layer["b"], 0)
+    return x @ layers[-1]["w"] + layers[-1]["b"]
+
+
+def test_losses_are_the_formulae(rng):
+    alpha = rng.uniform(0.1, 2, N)
+    batch = batch_of(temperature=jnp.asarray(alpha, jnp.float32))
+    agent = agent_of("batch")
+    state, key = agent.init(jax.random.key(0)), jax.random.key(5)
+    state = state._replace(target=jax.tree.map(lambda x: 0.7 * x, state.target))
+    _, metrics = agent.update(state, key, batch)
+    noise = np.float64(jax.random.normal(key, (2, N, ACT)))
+    obs, after, action = (np.float64(x) for x in (batch.obs, batch.next_obs, batch.action))
+    actor, critic = state.params["actor"], state.params["critic"]
+
+    def sample(x, eps):
+        mean, log_std = numpy_net(actor, x, 0), np.clip(numpy_net(actor, x, 1), -20, 2)
+        u = mean + np.exp(log_std) * eps
+        log_pi = stats.norm(mean, np.exp(log_std)).logpdf(u) - np.log(1 - np.tanh(u) ** 2)
+        return np.tanh(u), log_pi.sum(1)
+
+    def q(params, x, a):
+        return np.stack([numpy_net(params, np.concatenate([x, a], 1), i)[:, 0] for i in (0, 1)])
+
+    a2, lp2 = sample(after, noise[0])
+    y = np.float64(batch.reward) + 0.9 * (q(state.target, after, a2).min(0) - alpha * lp2)
+    critic_loss = ((q(critic, obs, action) - y) ** 2).mean(1).sum()
+    a1, lp1 = sample(obs, noise[1])
+    actor_loss = (alpha * lp1 - q(critic, obs, a1).min(0)).mean()
+    np.testing.assert_allclose(metrics["critic_loss"], critic_loss, rtol=1e-4)
+    np.testing.assert_allclose(metrics["actor_loss"], actor_loss, rtol=1e-4)
+    np.testing.assert_allclose(metrics["entropy"], -lp1.mean(), rtol=1e-4)
+
+
+def test_each_loss_moves_its_own_parameters_by_adam():
+    """First step of Adam: lr times the sign of each loss's own gradient."""
+    agent, key = agent_of(0.3), jax.random.key(1)
+    state = agent.init(jax.random.key(0))
+    batch = batch_of()
+    new, _ = agent.update(state, key, batch)
+    eps = jax.random.normal(key, (2, N, ACT))
+
+    def actor_loss(actor):
+        a, lp = m.squash(*m.gaussian(actor, batch.obs), eps[1])
+        return (0.3 * lp - m.q_values(state.params["critic"], batch.obs, a).min(0)).mean()
+
+    grad = jax.grad(actor_loss)(state.params["actor"])
+    for g, a, b in zip(
+        *map(jax.tree.leaves, (grad, new.params["actor"], state.params["actor"])), strict=True
+    ):
+        big = np.abs(g) > 1e-5
+        np.testing.assert_allclose((b - a)[big], 1e-3 * np.sign(g)[big], rtol=2e-2)
+    for t0, p, t1 in zip(
+        *map(jax.tree.leaves, (state.target, new.params["critic"], new.target)), strict=True
+    ):
+        np.testing.assert_allclose(t1, 0.9 * t0 + 0.1 * p, atol=1e-6)
+
+
+def test_a_constant_column_of_temperatures_equals_that_fixed_temperature_step_for_step():
+    fixed, adaptive = agent_of(0.3), agent_of("batch")
+    a = b = fixed.init(jax.random.key(0))
+    f, g = fixed.update, adaptive.update
+    for i in range(20):
+        a, _ = f(a, jax.random.key(i), batch_of(i))
+        b, _ = g(b, jax.random.key(i), batch_of(i, jnp.full(N, 0.3)))
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+    c, _ = g(b, jax.random.key(99), batch_of(99, jnp.linspace(0, 1, N)))
+    d, _ = f(a, jax.random.key(99), batch_of(99))
+    assert any(
+        np.abs(x - y).max() > 1e-5
+        for x, y in zip(*map(jax.tree.leaves, (c.params, d.params)), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("goal", "sign"), [(100.0, 1), (-100.0, -1)])
+def test_a_learned_temperature_follows_the_entropy(goal, sign):
+    """Entropy wanted far above what the policy has: alpha rises; far below: it falls."""
+    agent = agent_of("learned", target_entropy=goal, lr_alpha=1e-2)
+    state = agent.init(jax.random.key(0))
+    new, _ = agent.update(state, jax.random.key(1), batch_of())
+    np.testing.assert_allclose(
+        new.params["log_alpha"] - state.params["log_alpha"], sign * 1e-2, rtol=1e-3
+    )
+
+
+def test_warm_up_holds_the_actor():
+    agent = agent_of("learned", actor_warmup=2)
+    state = agent.init(jax.random.key(0))
+    moved = []
+    for i in range(3):
+        new, _ = agent.update(state, jax.random.key(i), batch_of(i))
+        pairs = zip(
+            *map(jax.tree.leaves, (new.params["actor"], state.params["actor"])), strict=True
+        )
+        moved.append(any(np.any(x != y) for x, y in pairs))
+        state = new
+    assert moved == [False, False, True]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_time_limits_bootstrap_and_ends_do_not(ends):
+    """A clock pays 1 a step for 4 steps. Where it ends then, n steps in it is worth (1 - gamma^(4 - n)) /
+    (1 - gamma); where it is only cut, and the agent sees no clock, it is worth 1 / (1 - gamma)."""
+    gamma = 0.8
+
+    def advance(x, a, o):
+        return x + 1, jnp.float32(1), (x[0] + 1 >= 4) & ends
+
+    def observe(x):
+        return jax.nn.one_hot((x[0] * ends).astype(int), 5)
+
+    system = System(lambda key: jnp.zeros(1), advance, observe, (5, 1, 1))
+    env = alone(two_player(system, max_action=1, max_force=1, horizon=4))
+    random = lambda mem, k, obs, first: (mem, jax.random.uniform(k, (1,), minval=-1.0))  # noqa: E731
+    data, over = collect(env, random, jnp.int32(0), jax.random.key(0), 200, gamma)
+    assert np.flatnonzero(over).tolist() == list(range(3, 200, 4))
+    agent = m.sac(5, 1, temperature=1e-6, hidden=(32,), lr_critic=3e-3, tau=0.1)
+
+    def step(state, i):
+        k_rows, k_update = jax.random.split(jax.random.key(i))
+        rows = jax.random.randint(k_rows, (64,), 0, 200)
+        return agent.update(state, k_update, jax.tree.map(lambda x: x[rows], data))[0], None
+
+    state = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(1500))[0])(
+        agent.init(jax.random.key(0))
+    )
+    q = agent.q_value(state, jax.vmap(observe)(jnp.arange(4.0)[:, None]), jnp.zeros((4, 1)))
+    want = (1 - gamma ** (4 - np.arange(4))) / (1 - gamma) if ends else np.full(4, 1 / (1 - gamma))
+    np.testing.assert_allclose(q, want, atol=0.1)
+
+
+def test_ring_overwrites_the_oldest_and_draws_from_the_filled_part():
+    row = {"x": jax.ShapeDtypeStruct((2,), jnp.float32), "i": jax.ShapeDtypeStruct((), jnp.int32)}
+    ring, add = rp.replay_init(row, 7), jax.jit(rp.replay_add)
+    assert rp.replay_bytes(row, 7) == 7 * 12
+    kept = []
+    for n in range(5):
+        ids = np.arange(3 * n, 3 * n + 3)
+        ring = add(ring, {"x": jnp.ones((3, 2)) * ids[:, None], "i": jnp.asarray(ids, jnp.int32)})
+        kept = (kept + ids.tolist())[-7:]
+        drawn = rp.replay_sample(ring, jax.random.key(n), 2000)
+        assert set(np.asarray(drawn["i"]).tolist()) == set(kept)
+        np.testing.assert_array_equal(drawn["x"][:, 0], drawn["i"])
+        assert int(ring.size) == len(kept)
+    counts = np.bincount(np.asarray(rp.replay_sample(ring, jax.random.key(9), 7000)["i"]))[8:]
+    assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_a_replay_that_does_not_fit_says_so_before_it_is_made():
+    with pytest.raises(UserError, match=r"2 GB.*1 GB.*lower replay_size") as e:
+        rp.check_fits(2_000_000_000, "replay_size", free=1_000_000_000)
+    assert "\n" not in str(e.value)
+    rp.check_fits(100, "replay_size")
+    with pytest.raises(ValueError, match="raise its capacity"):
+        rp.replay_add(rp.replay_init(jax.ShapeDtypeStruct((), jnp.float32), 2), jnp.ones(3))
+
+
+@pytest.mark.parametrize("bad", ["warm", 0.0, -1.0, float("inf"), True])
+def test_bad_temperatures_name_themselves(bad):
+    with pytest.raises(ValueError, match="temperature="):
+        m.sac(OBS, ACT, temperature=bad)
+
+
+def test_a_missing_temperature_is_one_line():
+    agent = agent_of("batch")
+    with pytest.raises(UserError, match=r"batch\.temperature"):
+        agent.update(agent.init(jax.random.key(0)), jax.random.key(0), batch_of())
