@@ -1,0 +1,125 @@
+"""QAOA latent layer in a denoising autoencoder (Kea et al. 2024, arXiv 2401.06367): against classical latents, other circuits, filters."""
+
+from ml_collections import ConfigDict
+
+from qlab.lab.config import base, grid
+
+VARIANTS = ("", "smoke", "ablation", "mnist", "full")
+
+CONVENTIONS = {
+    "noise_mode": ("fresh",),  # new noise every epoch
+    "edges": ("line", "complete"),
+    "init_scale": (0.1,),  # circuits start near q = cos a
+    "loss": ("bce",),
+    "sigma": (0.2, 0.5),
+    "lr": (1e-3,),
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = base(experiment="qcae", seeds=3)
+    # images and noise
+    c.dataset = "digits"  # digits, mnist, fashion_mnist
+    c.num_train = 0  # at most; 0 = all
+    c.num_val = 0
+    c.num_test = 0
+    c.split = "test"  # "val" to tune
+    c.sigma = 0.3
+    c.noise_mode = "fixed"  # one noisy version of each training image, or "fresh" ones every epoch
+    # what denoises: "net", or a filter or linear map without a net
+    c.method = "net"
+    c.latent = "qaoa_tied"
+    c.cells = ("n4_p1", "n4_p2", "n4_p3", "n6_p2", "n8_p2")  # width n, depth p
+    c.skip = False  # U-Net connections
+    c.channels = (8, 16)
+    # the circuit
+    c.edges = "ring"
+    c.tied = False  # one angle a layer, of the rivals
+    c.match = (
+        "depth"  # "params": rivals get the depth at which they have QAOA's number of parameters
+    )
+    c.frozen = False
+    c.init_scale = 3.141592653589793
+    c.grad = "backprop"  # or parameter-shift
+    c.shots = 0  # exact
+    c.depol = 0.0  # Pauli error after each gate
+    # training
+    c.loss = "mse"
+    c.epochs = 30
+    c.batch = 32
+    c.lr = 1e-3
+    c.arms = {
+        "noisy": dict(method="noisy"),
+        "median": dict(method="median"),
+        "gaussian": dict(method="gaussian"),
+        "tv": dict(method="tv"),
+        "nlm": dict(method="nlm"),
+        "ridge": dict(method="ridge"),
+        "pca": dict(method="pca"),
+        "reduced_rank": dict(method="reduced_rank"),
+        "unet": dict(latent="linear", skip=True),
+        "linear": dict(latent="linear"),
+        "tanh": dict(latent="tanh"),
+        "mlp": dict(latent="mlp"),
+        "cosine": dict(latent="cosine"),
+        "frozen": dict(latent="qaoa_tied", frozen=True),
+        "qaoa": dict(latent="qaoa_tied"),
+        "qaoa_untied": dict(latent="qaoa_untied"),
+        "qaoa_embed": dict(latent="qaoa_embed"),
+        "basic": dict(latent="basic"),
+        "ry_cz": dict(latent="ry_cz"),
+        "strong": dict(latent="strong"),
+        "iqp": dict(latent="iqp"),
+        "basic_m": dict(latent="basic", match="params"),
+        "ry_cz_m": dict(latent="ry_cz", match="params"),
+        "strong_m": dict(latent="strong", match="params"),
+        "iqp_m": dict(latent="iqp", match="params"),
+    }
+    if variant == "smoke":
+        c.update(seeds=1, num_train=300, epochs=3, cells=("n4_p1",))
+        for arm in set(c.arms) - {"noisy", "ridge", "linear", "tanh", "qaoa"}:
+            del c.arms[arm]
+    if variant == "ablation":
+        c.cells = ("n4_p2",)
+        c.arms = {
+            "linear": dict(latent="linear"),
+            "cosine": dict(latent="cosine"),  # p = 0
+            "qaoa_p1": dict(cells=("n4_p1",)),
+            "qaoa": dict(latent="qaoa_tied"),
+            "qaoa_p3": dict(cells=("n4_p3",)),
+            "qaoa_p4": dict(cells=("n4_p4",)),
+            "frozen": dict(frozen=True),
+            "untied": dict(latent="qaoa_untied"),
+            "line": dict(edges="line"),
+            "complete": dict(edges="complete"),
+            "small_angles": dict(init_scale=0.1),
+            "shots_1000": dict(shots=1000),
+            "shots_100": dict(shots=100),
+            "shift": dict(grad="parameter-shift"),
+            "shift_shots_1000": dict(grad="parameter-shift", shots=1000),
+            "depol_001": dict(depol=0.01),
+            "linear_fresh": dict(latent="linear", noise_mode="fresh"),
+            "qaoa_fresh": dict(noise_mode="fresh"),
+        }
+    if variant in ("mnist", "full"):
+        c.update(dataset="mnist", channels=(16, 32), cells=("n8_p2",))
+    if (
+        variant == "mnist"
+    ):  # a sixth of the images and a tenth of the epochs: about ?? min on two cores
+        c.update(num_train=10_000, num_val=500, num_test=1000, epochs=5)
+        keep = ("noisy", "gaussian", "tv", "ridge", "pca", "linear", "tanh", "mlp", "cosine")
+        for arm in set(c.arms) - {*keep, "frozen", "qaoa", "basic", "strong"}:
+            del c.arms[arm]
+    if variant == "full":  # for an accelerator
+        c.update(seeds=5, epochs=50, cells=("n8_p2", "n8_p6", "n10_p2", "n10_p6"))
+    return c
+
+
+def sweep():
+    yield from grid(
+        {
+            "sigma": (0.2, 0.3, 0.5),
+            "edges": ("ring", "line", "complete"),
+            "noise_mode": ("fixed", "fresh"),
+        }
+    )

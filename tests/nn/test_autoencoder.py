@@ -1,0 +1,176 @@
+"""The autoencoder against lax convolutions, and its training: noise streams, order, learning."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from qlab import data
+from qlab.lab.errors import UserError
+from qlab.nn import autoencoder as ae
+from qlab.nn import denoising as dn
+
+KEY = jax.random.key(0)
+X = jnp.asarray(data.load("digits").x_train[:64])
+
+
+def conv(x, w, stride, **options):
+    dims = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, w, (stride, stride), dimension_numbers=dims, **options)
+
+
+def kernel(p, num_in):
+    return p["kernel"].reshape(3, 3, num_in, -1)
+
+
+@pytest.mark.parametrize("side", [8, 28])
+def test_the_whole_net_by_lax_convolutions(side):
+    x = jax.random.uniform(KEY, (3, side, side, 1))
+    net = ae.denoiser(side, 5, ae.latent_tanh())
+    w = net.init(jax.random.key(1))
+    enc, dec = w["encoder"], w["decoder"]
+    h = jax.nn.relu(conv(x, kernel(enc["conv1"], 1), 2, padding="SAME") + enc["conv1"]["bias"])
+    h = jax.nn.relu(conv(h, kernel(enc["conv2"], 8), 2, padding="SAME") + enc["conv2"]["bias"])
+    z = h.reshape(3, -1) @ enc["dense"]["kernel"] + enc["dense"]["bias"]
+    h = jax.nn.relu(jnp.tanh(z) @ dec["dense"]["kernel"] + dec["dense"]["bias"])
+    h = h.reshape(3, side // 4, side // 4, 16)
+    up = {"padding": ((1, 2), (1, 2)), "lhs_dilation": (2, 2)}
+    h = jax.nn.relu(conv(h, kernel(dec["up1"], 16), 1, **up) + dec["up1"]["bias"])
+    want = conv(h, kernel(dec["up2"], 8), 1, **up) + dec["up2"]["bias"]
+    np.testing.assert_allclose(net.apply(w, x, KEY), want, atol=2e-5)
+
+
+def test_transposed_convolution_is_the_transpose_of_the_convolution():
+    """<conv x, h> = <x, convT h> with one kernel, flipped by the definition of a transpose."""
+    linear = nnx.Linear(9 * 2, 3, use_bias=False, rngs=nnx.Rngs(0))
+    h = jax.random.normal(KEY, (1, 4, 4, 2))
+    x = jax.random.normal(jax.random.key(1), (1, 8, 8, 3))
+    w = linear.kernel[...].reshape(3, 3, 2, 3)
+    back = conv(x, w[::-1, ::-1].transpose(0, 1, 3, 2), 2, padding=((1, 1), (1, 1)))
+    left, right = (ae.conv_transpose(h, linear) * x).sum(), (h * back).sum()
+    assert float(left) == pytest.approx(float(right), rel=1e-4)
+
+
+def test_skip_connections_pass_the_bottleneck():
+    """With a dead latent a U-Net still sees the image, the autoencoder does not."""
+    dead = ae.Latent(lambda key: {}, lambda w, z, key: 0 * z, 0)
+    for skip in (False, True):
+        net = ae.denoiser(8, 4, dead, skip=skip)
+        w = net.init(KEY)
+        difference = jnp.abs(net.apply(w, X[:1], KEY) - net.apply(w, X[1:2], KEY)).max()
+        assert (float(difference) > 1e-3) == skip
+
+
+def test_latents():
+    z = jnp.array([0.5, -2.0, 0.1])
+    for name in ae.CLASSICAL:
+        latent = ae.classical_latent(name, 3)
+        w = latent.init(KEY)
+        assert sum(v.size for v in jax.tree.leaves(w)) == latent.num_params
+        q = latent.apply(w, z, KEY)
+        assert q.shape == (3,)
+        assert (name == "linear") or float(jnp.abs(q).max()) < 1
+    assert ae.latent_mlp(3).num_params == 24
+    with pytest.raises(UserError, match="did you mean"):
+        ae.classical_latent("tahn", 3)
+    with pytest.raises(UserError, match="multiple of 4"):
+        ae.denoiser(10, 3, ae.latent_tanh())
+
+
+def test_noise_belongs_to_the_image():
+    """Any order, any batch: image i of a part has one noise; parts, keys and epochs have others."""
+    whole = dn.noisy_images(KEY, "train", X, jnp.arange(64), 0.3)
+    pick = jnp.array([5, 60, 2])
+    np.testing.assert_array_equal(
+        dn.noisy_images(KEY, "train", X[pick], pick, 0.3), np.asarray(whole)[pick]
+    )
+    others = [
+        dn.noisy_images(KEY, "test", X, jnp.arange(64), 0.3),
+        dn.noisy_images(jax.random.key(1), "train", X, jnp.arange(64), 0.3),
+        dn.noisy_images(KEY, "train", X, jnp.arange(64), 0.3, epoch=1),
+    ]
+    for other in others:
+        assert float(jnp.abs(other - whole).mean()) > 0.05
+    raw = (whole - X)[(whole > 0) & (whole < 1)]
+    assert 0.2 < float(raw.std()) < 0.3  # clipped away at both ends
+
+
+def run(mode="fixed", steps=None, **options):
+    settings = dict(sigma=0.3, epochs=2, batch=16, lr=3e-3, noise_mode=mode) | options
+    t = dn.training(ae.denoiser(8, 4, ae.latent_tanh()), X, **settings)
+    step, state, seen = jax.jit(t.step), t.init(KEY), []
+    for _ in range(t.num_steps if steps is None else steps):
+        state, m = step(state)
+        seen.append(float(m["loss"]))
+    return t, state, seen
+
+
+def test_every_image_once_an_epoch():
+    x = jnp.arange(64.0).reshape(64, 1, 1, 1) * jnp.ones((1, 4, 4, 1)) / 64
+    seen = []
+    spy = ae.Denoiser(
+        lambda key: {"w": jnp.zeros(())},
+        lambda w, y, key: (
+            jax.debug.callback(lambda v: seen.append(np.asarray(v)), y[:, 0, 0, 0])
+            or y * 0 + w["w"]
+        ),
+        ae.latent_linear(),
+    )
+    t = dn.training(spy, x, sigma=0.0, epochs=2, batch=16)
+    state = t.init(KEY)
+    for _ in range(t.num_steps):
+        state, _ = t.step(state)
+    jax.effects_barrier()
+    first, second = (np.concatenate(seen[i : i + 4]) for i in (0, 4))
+    np.testing.assert_allclose(np.sort(first), np.arange(64) / 64)
+    np.testing.assert_allclose(np.sort(second), np.arange(64) / 64)
+    assert (first != second).any()
+
+
+def test_it_learns_and_fresh_noise_is_other_noise():
+    t, state, seen = run(epochs=60)
+    assert t.num_steps == 240
+    assert np.mean(seen[-4:]) < 0.6 * np.mean(seen[:4])
+    out = dn.evaluate(ae.denoiser(8, 4, ae.latent_tanh()), state, "train", X, 0.3)
+    assert float(out["mse"].mean()) == pytest.approx(np.mean(seen[-4:]), rel=0.2)
+    fresh = run("fresh", epochs=60)[2]
+    assert fresh[:4] == pytest.approx(seen[:4], rel=1e-5)  # epoch 0 is the same draw
+    assert abs(fresh[4] - seen[4]) > 1e-6
+
+
+def test_bce_is_another_loss():
+    assert run(steps=1, loss="bce")[2][0] > 2 * run(steps=1)[2][0]
+
+
+def test_evaluation_does_not_depend_on_its_batches():
+    net, (_, state, _) = ae.denoiser(8, 4, ae.latent_tanh()), run(steps=1)
+
+    def score(x, i):
+        y = dn.noisy_images(state.k_noise, "test", x, i, 0.3)
+        return dn.scores(x, jax.nn.sigmoid(net.apply(state.params, y, KEY)))
+
+    one = score(X, jnp.arange(64))
+    out = dn.evaluate(net, state, "test", X, 0.3)
+    for name in one:
+        np.testing.assert_allclose(out[name], one[name], rtol=1e-3)
+    some = dn.in_batches(lambda v: v * 2, (jnp.arange(10),), size=4)
+    np.testing.assert_array_equal(some, 2 * np.arange(10))
+
+
+def test_cells_share_nets():
+    out = dn.over_cells({"a": "x", "b": "x", "c": "y"}, {"x": {"m": jnp.array(1.0)}, "y": {"m": jnp.array(4.0)}})  # fmt: skip
+    assert {k: float(v) for k, v in out.items()} == {"a/m": 1, "b/m": 1, "c/m": 4, "mean/m": 2}
+
+
+def test_bad_settings_are_one_line():
+    net = ae.denoiser(8, 4, ae.latent_tanh())
+    for options, match in (
+        ({"noise_mode": "frsh"}, "did you mean"),
+        ({"loss": "l2"}, "loss"),
+        ({"sigma": -1.0}, "sigma"),
+        ({"batch": 65}, r"1\.\.64"),
+    ):
+        with pytest.raises(UserError, match=match):
+            dn.training(net, X, **({"sigma": 0.3, "epochs": 1} | options))
