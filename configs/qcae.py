@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from qlab.lab.config import base, grid
 
-VARIANTS = ("", "smoke", "ablation", "mnist", "full")
+VARIANTS = ("", "smoke", "grid", "ablation", "mnist", "full")
 
 CONVENTIONS = {
     "noise_mode": ("fresh",),  # new noise every epoch
@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # what denoises: "net", or a filter or linear map without a net
     c.method = "net"
     c.latent = "qaoa_tied"
-    c.cells = ("n4_p1", "n4_p2", "n4_p3", "n6_p2", "n8_p2")  # width n, depth p
+    c.cells = ("n4_p1", "n6_p2", "n8_p3")  # width n, depth p
     c.skip = False  # U-Net connections
     c.channels = (8, 16)
     # the circuit
@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.loss = "mse"
     c.epochs = 30
     c.batch = 32
-    c.lr = 1e-3
+    c.lr = 3e-3  # each arm's own is below
     c.arms = {
         "noisy": dict(method="noisy"),
         "median": dict(method="median"),
@@ -57,28 +57,28 @@ def get_config(variant: str = "") -> ConfigDict:
         "ridge": dict(method="ridge"),
         "pca": dict(method="pca"),
         "reduced_rank": dict(method="reduced_rank"),
-        "unet": dict(latent="linear", skip=True),
-        "linear": dict(latent="linear"),
-        "tanh": dict(latent="tanh"),
-        "mlp": dict(latent="mlp"),
-        "cosine": dict(latent="cosine"),
-        "frozen": dict(latent="qaoa_tied", frozen=True),
-        "qaoa": dict(latent="qaoa_tied"),
-        "qaoa_untied": dict(latent="qaoa_untied"),
-        "qaoa_embed": dict(latent="qaoa_embed"),
-        "basic": dict(latent="basic"),
-        "ry_cz": dict(latent="ry_cz"),
-        "strong": dict(latent="strong"),
-        "iqp": dict(latent="iqp"),
-        "basic_m": dict(latent="basic", match="params"),
-        "ry_cz_m": dict(latent="ry_cz", match="params"),
-        "strong_m": dict(latent="strong", match="params"),
-        "iqp_m": dict(latent="iqp", match="params"),
+        "unet": dict(latent="linear", skip=True, lr=3e-3),
+        "linear": dict(latent="linear", lr=1e-2),
+        "tanh": dict(latent="tanh", lr=1e-2),
+        "mlp": dict(latent="mlp", lr=3e-3),
+        "cosine": dict(latent="cosine", lr=1e-2),
+        "frozen": dict(latent="qaoa_tied", frozen=True, lr=1e-2),
+        "qaoa": dict(latent="qaoa_tied", lr=3e-3),
+        "basic": dict(latent="basic", lr=3e-3),
+        "ry_cz": dict(latent="ry_cz", lr=1e-2),
+        "strong": dict(latent="strong", lr=1e-2),
+        "iqp": dict(latent="iqp", lr=3e-3),
+        "basic_m": dict(latent="basic", match="params", lr=3e-3),
+        "ry_cz_m": dict(latent="ry_cz", match="params", lr=1e-2),
+        "strong_m": dict(latent="strong", match="params", lr=1e-2),
+        "iqp_m": dict(latent="iqp", match="params", lr=3e-3),
     }
     if variant == "smoke":
         c.update(seeds=1, num_train=300, epochs=3, cells=("n4_p1",))
         for arm in set(c.arms) - {"noisy", "ridge", "linear", "tanh", "qaoa"}:
             del c.arms[arm]
+    if variant == "grid":  # every width with every depth
+        c.cells = tuple(f"n{n}_p{p}" for n in (4, 6, 8) for p in (1, 2, 3))
     if variant == "ablation":
         c.cells = ("n4_p2",)
         c.arms = {
@@ -90,6 +90,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "qaoa_p4": dict(cells=("n4_p4",)),
             "frozen": dict(frozen=True),
             "untied": dict(latent="qaoa_untied"),
+            "embed": dict(latent="qaoa_embed"),
             "line": dict(edges="line"),
             "complete": dict(edges="complete"),
             "small_angles": dict(init_scale=0.1),

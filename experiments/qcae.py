@@ -100,9 +100,7 @@ def build(c: Any) -> Experiment:
     filters = c.method in (*denoisers.FILTERS, "ridge")
     p_matters = c.method == "net" and c.latent not in (*CLASSICAL, "cosine")
     sizes = {cell: cell_size(cell) for cell in c.cells}
-    cells = {
-        cell: "any" if filters else cell if p_matters else f"n{n}" for cell, (n, _) in sizes.items()
-    }
+    cells = {k: "any" if filters else k if p_matters else f"n{n}" for k, (n, _) in sizes.items()}
     size_of = {net: (0, 0) if filters else sizes[cell] for cell, net in cells.items()}
 
     def summary(test, train, num_params):
@@ -118,23 +116,17 @@ def build(c: Any) -> Experiment:
 
     if c.method != "net":
 
-        def evaluate_host(state):
+        def evaluate_host(k_noise):
             results = {}
             for net, (n, _) in size_of.items():
-                out = denoising.evaluate_classical(
-                    c.method, n, state["k_noise"], parts, c.split, c.sigma
-                )
+                out = denoising.evaluate_classical(c.method, n, k_noise, parts, c.split, c.sigma)
                 results[net] = summary(out[c.split], out["train"], 0)
             return report(results)
 
-        def keys(key):
-            return {"k_noise": denoising.seed_keys(key)[0]}
-
-        return Experiment(keys, evaluate_host, jittable=False)
+        return Experiment(lambda key: denoising.seed_keys(key)[0], evaluate_host, jittable=False)
 
     nets = {net: make_net(c, parts["train"].shape[1], *size) for net, size in size_of.items()}
-    names = ("sigma", "epochs", "batch", "lr", "noise_mode", "loss")
-    options = {k: c[k] for k in names}
+    options = {k: c[k] for k in ("sigma", "epochs", "batch", "lr", "noise_mode", "loss")}
     runs = {name: denoising.training(net, parts["train"], **options) for name, net in nets.items()}
 
     def init(key):
@@ -147,11 +139,9 @@ def build(c: Any) -> Experiment:
     def evaluate(state):
         results = {}
         for name, net in nets.items():
-            test, train = (
-                denoising.evaluate(net, state[name], part, parts[part], c.sigma)
-                for part in (c.split, "train")
-            )
-            results[name] = summary(test, train, net.latent.num_params)
+            judged = {part: parts[part] for part in (c.split, "train")}
+            out = denoising.evaluate(net, state[name], judged, c.sigma)
+            results[name] = summary(out[c.split], out["train"], net.latent.num_params)
         return report(results)
 
     phases = [Phase(f"train {n}", r.num_steps, functools.partial(step, n)) for n, r in runs.items()]

@@ -47,6 +47,14 @@ def window(win: int, sigma: float | None) -> np.ndarray:
     return w / w.sum()
 
 
+def _bands(size: int, win: int, sigma: float | None) -> np.ndarray:
+    """f64[size - win + 1, size]: row i averages over the window that starts at pixel i."""
+    out = np.zeros((size - win + 1, size))
+    for i in range(len(out)):
+        out[i, i : i + win] = window(win, sigma)
+    return out
+
+
 def ssim(
     x: jax.Array, y: jax.Array, *, win: int = 11, sigma: float | None = 1.5, span: float = 1.0
 ) -> jax.Array:
@@ -71,17 +79,14 @@ def ssim(
     if min(x.shape[1:3]) < win:
         raise UserError(f"SSIM window of {win} pixels on images of {x.shape[1]} x {x.shape[2]}; "
                         "use win=7, sigma=None for small images")  # fmt: skip
-    w = window(win, sigma)
-
-    def average(z):  # over each window, by shifted views: f[N, H - win + 1, W - win + 1, C]
-        rows, cols = (z.shape[a] - win + 1 for a in (1, 2))
-        z = sum(float(w[i]) * z[:, i : i + rows] for i in range(win))
-        return sum(float(w[i]) * z[:, :, i : i + cols] for i in range(win))
+    exact = jax.lax.Precision.HIGHEST
+    rows, cols = (jnp.asarray(_bands(n, win, sigma), x.dtype) for n in x.shape[1:3])
+    moments = jnp.stack([x, y, x * x, y * y, x * y])
+    over = jnp.einsum("mnhwc,ih->mniwc", moments, rows, precision=exact)
+    mx, my, xx, yy, xy = jnp.einsum("mniwc,jw->mnijc", over, cols, precision=exact)
 
     c1, c2 = (K1 * span) ** 2, (K2 * span) ** 2
-    mx, my = average(x), average(y)
-    vx, vy = average(x * x) - mx * mx, average(y * y) - my * my
-    cov = average(x * y) - mx * my
+    vx, vy, cov = xx - mx * mx, yy - my * my, xy - mx * my
     top = (2 * mx * my + c1) * (2 * cov + c2)
     return (top / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean((1, 2, 3))
 

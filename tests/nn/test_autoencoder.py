@@ -49,7 +49,7 @@ def test_transposed_convolution_is_the_transpose_of_the_convolution():
     x = jax.random.normal(jax.random.key(1), (1, 8, 8, 3))
     w = linear.kernel[...].reshape(3, 3, 2, 3)
     back = conv(x, w[::-1, ::-1].transpose(0, 1, 3, 2), 2, padding=((1, 1), (1, 1)))
-    left, right = (ae.conv_transpose(h, linear) * x).sum(), (h * back).sum()
+    left, right = (ae.conv(h, linear, "up") * x).sum(), (h * back).sum()
     assert float(left) == pytest.approx(float(right), rel=1e-4)
 
 
@@ -133,7 +133,7 @@ def test_it_learns_and_fresh_noise_is_other_noise():
     t, state, seen = run(epochs=60)
     assert t.num_steps == 240
     assert np.mean(seen[-4:]) < 0.6 * np.mean(seen[:4])
-    out = dn.evaluate(ae.denoiser(8, 4, ae.latent_tanh()), state, "train", X, 0.3)
+    out = dn.evaluate(ae.denoiser(8, 4, ae.latent_tanh()), state, {"train": X}, 0.3)["train"]
     assert float(out["mse"].mean()) == pytest.approx(np.mean(seen[-4:]), rel=0.2)
     fresh = run("fresh", epochs=60)[2]
     assert fresh[:4] == pytest.approx(seen[:4], rel=1e-5)  # epoch 0 is the same draw
@@ -152,7 +152,7 @@ def test_evaluation_does_not_depend_on_its_batches():
         return dn.scores(x, jax.nn.sigmoid(net.apply(state.params, y, KEY)))
 
     one = score(X, jnp.arange(64))
-    out = dn.evaluate(net, state, "test", X, 0.3)
+    out = dn.evaluate(net, state, {"train": X[:7], "test": X}, 0.3)["test"]
     for name in one:
         np.testing.assert_allclose(out[name], one[name], rtol=1e-3)
     some = dn.in_batches(lambda v: v * 2, (jnp.arange(10),), size=4)

@@ -78,7 +78,7 @@ def test_arms_share_noise_and_start():
     for part in ("encoder", "decoder"):
         a, b = first.params[part], other.params[part]
         jax.tree.map(np.testing.assert_array_equal, a, b)
-    key = jax.random.key_data(states["tv"]["k_noise"])
+    key = jax.random.key_data(states["tv"])
     np.testing.assert_array_equal(key, jax.random.key_data(first.k_noise))
     np.testing.assert_array_equal(key, jax.random.key_data(other.k_noise))
 
