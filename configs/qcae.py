@@ -82,13 +82,13 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "ablation":
         c.cells = ("n4_p2",)
         c.arms = {
-            "linear": dict(latent="linear"),
-            "cosine": dict(latent="cosine"),  # p = 0
+            "linear": dict(latent="linear", lr=1e-2),
+            "cosine": dict(latent="cosine", lr=1e-2),  # p = 0
             "qaoa_p1": dict(cells=("n4_p1",)),
             "qaoa": dict(latent="qaoa_tied"),
             "qaoa_p3": dict(cells=("n4_p3",)),
             "qaoa_p4": dict(cells=("n4_p4",)),
-            "frozen": dict(frozen=True),
+            "frozen": dict(frozen=True, lr=1e-2),
             "untied": dict(latent="qaoa_untied"),
             "embed": dict(latent="qaoa_embed"),
             "line": dict(edges="line"),
@@ -99,7 +99,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "shift": dict(grad="parameter-shift"),
             "shift_shots_1000": dict(grad="parameter-shift", shots=1000),
             "depol_001": dict(depol=0.01),
-            "linear_fresh": dict(latent="linear", noise_mode="fresh"),
+            "linear_fresh": dict(latent="linear", noise_mode="fresh", lr=1e-2),
             "qaoa_fresh": dict(noise_mode="fresh"),
         }
     if variant in ("mnist", "full"):

@@ -125,26 +125,41 @@ def test_maxcut_on_the_ring_of_four():
     assert float(energy(g, b).max()) == pytest.approx(3.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", list(circuits.CIRCUITS))
-@pytest.mark.parametrize(("n", "p"), [(2, 1), (3, 2), (4, 3)])
+def some_slow(cases, fast):
+    return [pytest.param(*c, marks=() if c in fast else pytest.mark.slow) for c in cases]
+
+
+NAMES = list(circuits.CIRCUITS)
+SIZES = [(name, *size) for name in NAMES for size in ((2, 1), (3, 2), (4, 3))]
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "p"), some_slow(SIZES, [(name, 3, 2) for name in NAMES] + [("strong", 2, 1)])
+)
 def test_against_dense_matrices(name, n, p):
     """Every circuit, gate by gate; and the norm is 1 after every column (property 6)."""
     c = circuits.circuit(name, n, p)
     a, w = jnp.linspace(-1.0, 2.0, n), c.init(jax.random.key(n))
     phi = c.angles(a, w)
     assert phi.shape == (col.num_gates(c.columns),)
+    parts = [c.columns[:k] for k in range(1, len(c.columns) + 1)]
+    states = jax.jit(lambda x: [col.state(part, n, x[: col.num_gates(part)]) for part in parts])(
+        phi
+    )
     psi = np.eye(2**n)[0]
     for gate, _ in dense_gates(c.columns, n, phi):
         psi = gate @ psi
-    np.testing.assert_allclose(col.state(c.columns, n, phi), psi, atol=1e-12)
-    for k in range(1, len(c.columns) + 1):
-        part = c.columns[:k]
-        some = col.state(part, n, phi[: col.num_gates(part)])
-        assert float(jnp.linalg.norm(some)) == pytest.approx(1, abs=1e-12)
+    np.testing.assert_allclose(states[-1], psi, atol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(states, axis=1), 1, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", list(circuits.CIRCUITS))
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    some_slow(
+        itertools.product(NAMES, (False, True)),
+        [("qaoa_tied", True), ("qaoa_embed", False), ("strong", False), ("iqp", False)],
+    ),
+)
 def test_against_pennylane(name, tied):
     """The templates of PennyLane, with the same parameters: values and gradients."""
     c = circuits.circuit(name, 3, 2, tied=tied)
@@ -154,10 +169,13 @@ def test_against_pennylane(name, tied):
     def ours(a, w):
         return col.mean_z(col.probabilities(c.columns, 3, c.angles(a, w)), 3)
 
-    np.testing.assert_allclose(node(a, w), ours(a, w), atol=1e-10)
     weights = jnp.array([1.0, -2.0, 0.5])
-    want = jax.grad(lambda z: node(*z) @ weights)((a, w))
-    got = jax.grad(lambda z: ours(*z) @ weights)((a, w))
+
+    def both(f):  # values, and the gradient of a weighted sum of them
+        value, pull = jax.vjp(f, a, w)
+        return value, pull(weights)
+
+    want, got = both(node), jax.jit(lambda: both(ours))()
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9), got, want)
 
 
@@ -172,7 +190,9 @@ def test_our_embedding_is_no_private_convention():
     assert float(jnp.abs(values[0] - values[1]).max()) > 0.1
 
 
-@pytest.mark.parametrize("name", ["qaoa_tied", "basic", "ry_cz", "strong", "iqp"])
+@pytest.mark.parametrize(
+    "name", some_slow([(n,) for n in ("qaoa_tied", "basic", "ry_cz", "strong", "iqp")], [("iqp",)])
+)
 def test_noise_against_density_matrices(name):
     """Every gate followed by a depolarizing channel: Pauli coordinates against Kraus operators."""
     n, p_err = 3, 0.03
@@ -182,15 +202,17 @@ def test_noise_against_density_matrices(name):
     for gate, wires in dense_gates(c.columns, n, phi):
         k = len(wires)
         rho = nz.depolarize(gate @ rho @ gate.conj().T, nz.p_to_lam(p_err, k), wires, n)
-    probs = col.noisy_probabilities(c.columns, n, phi, p_err)
-    np.testing.assert_allclose(probs, jnp.diag(rho).real, atol=1e-12)
-    r = col.noisy_coordinates(c.columns, n, phi, p_err)
+    run = jax.jit(col.noisy_probabilities, static_argnums=(0, 1, 3))
+    np.testing.assert_allclose(run(c.columns, n, phi, p_err), jnp.diag(rho).real, atol=1e-12)
+    r = jax.jit(col.noisy_coordinates, static_argnums=(0, 1, 3))(c.columns, n, phi, p_err)
     np.testing.assert_allclose(r, pt.ptm_of_density(rho), atol=1e-12)
-    clean = col.noisy_probabilities(c.columns, n, phi, 0.0)
+    clean = run(c.columns, n, phi, 0.0)
     np.testing.assert_allclose(clean, col.probabilities(c.columns, n, phi), atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["qaoa_tied", "strong", "qaoa_embed"])
+@pytest.mark.parametrize(
+    "name", some_slow([("qaoa_tied",), ("strong",), ("qaoa_embed",)], [("strong",)])
+)
 def test_noise_against_default_mixed(name):
     c = circuits.circuit(name, 2, 1)
     a, w = jnp.array([0.4, -1.3]), c.init(jax.random.key(2))
