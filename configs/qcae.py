@@ -1,4 +1,31 @@
-"""QAOA latent layer in a denoising autoencoder (Kea et al. 2024, arXiv 2401.06367): against classical latents, other circuits, filters."""
+"""QAOA latent layer in a denoising autoencoder (Kea et al. 2024, arXiv 2401.06367): against classical latents, other circuits, filters.
+
+Clean 8 x 8 digits x from y = clip(x + 0.3 eps, 0, 1): two convolutions, Dense n, a latent layer, and back. The paper's
+abstract fixes the QAOA latent, the parameter-shift rule, Gaussian noise and MNIST; sizes, embedding, optimiser and
+the form of the circuit are ours: a = pi tanh(z), RX(a), p times [ZZ on a ring, RX], q_i = <Z_i>; one gamma and one
+beta a layer; squared error, Adam, batch 32, 30 epochs, one noisy version of each of 1200 training images.
+
+Arms. No net: the noisy image, median, Gaussian, total variation and non-local means (strength tuned on the 240
+validation images), ridge regression, PCA and reduced-rank regression of width n (the best linear bottleneck). Same
+encoder and decoder, other latent: linear (the classical autoencoder), tanh, MLP n-n-n, cosine (QAOA with p = 0),
+frozen (random angles), and BasicEntangler, RY-CZ, StronglyEntangling and IQP circuits at QAOA's depth, and (_m, one
+angle a layer) at its number of parameters; unet has skip connections and is no bottleneck. Cells n4_p1, n6_p2, n8_p3
+are width and depth; :grid runs all nine. 357 test images, SSIM with a uniform 7 x 7 window (11 x 11 does not fit).
+
+A seed draws the noise, the start of all weights and angles, and the order of the images; the images are fixed.
+Learning rates: the best of 1e-3, 3e-3, 1e-2 by validation error at n6_p2, two seeds of root key 1000, 1e3 x MSE:
+linear 40.6 34.6 33.2; tanh 53.7 37.1 34.1; MLP 54.9 42.3 54.4; cosine 45.6 36.1 33.8; frozen 42.8 37.0 36.1;
+QAOA 41.2 34.6 35.0; BasicEntangler 51.0 42.7 56.2; RY-CZ 43.7 35.4 34.8; StronglyEntangling 46.3 38.7 36.8; IQP 52.1
+45.9 58.4; U-Net 23.5 21.6 21.7. The _m arms take the rate of their circuit. At 1e-3 every net is still far from
+converged after 30 epochs, and the order of latents there is that of their speed: this is where a gain of 40 % over a
+weak baseline can come from.
+
+@MEASURED@
+Variants: :ablation (depth 0 to 4, graphs, untied angles, PennyLane's QAOAEmbedding, shots, parameter shift, noise,
+small start, fresh noise), :mnist (10,000 images, 5 epochs), :full (the paper's scale, for an accelerator).
+    python -m qlab.run --config configs/qcae.py
+    python -m qlab.run --config configs/qcae.py --arms linear,mlp,qaoa --config.sigma=0.5 --config.grad=parameter-shift
+"""
 
 from ml_collections import ConfigDict
 
@@ -75,7 +102,7 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     if variant == "smoke":
         c.update(seeds=1, num_train=300, epochs=3, cells=("n4_p1",))
-        for arm in set(c.arms) - {"noisy", "ridge", "linear", "tanh", "qaoa"}:
+        for arm in set(c.arms) - {"ridge", "linear", "tanh", "qaoa"}:
             del c.arms[arm]
     if variant == "grid":  # every width with every depth
         c.cells = tuple(f"n{n}_p{p}" for n in (4, 6, 8) for p in (1, 2, 3))
