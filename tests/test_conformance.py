@@ -16,6 +16,9 @@ import pytest
 from qlab.lab import checkpoint, registry
 from qlab.quantization import QUANTIZERS, ROUNDING_RULES, make_grid
 from qlab.quantum import ESTIMATORS, noisy_expval, zn
+from qlab.quantum.circuits import circuit
+from qlab.quantum.measure import GRADS
+from qlab.quantum.qcae import latent_circuit
 from qlab.quantum.zne import estimator
 from qlab.rl import AGENTS
 from qlab.rl.agent import Transition
@@ -129,8 +132,24 @@ def _circuits():
         )
 
 
+def _latents():
+    z = jax.random.normal(jax.random.key(5), (2, 2))
+    # one of each kind of gate and of gradient: tests/quantum has all circuits against PennyLane
+    for name, grad in zip(
+        ("qaoa_tied", "qaoa_tied", "strong", "iqp"), (*GRADS, *GRADS), strict=True
+    ):
+        latent = latent_circuit(circuit(name, 2, 1), grad=grad)
+
+        def call(w, z, latent=latent):
+            return latent.apply(w, z, jax.random.key(0))
+
+        state = latent.init(jax.random.key(6))
+        yield Subject(f"latent/{name}/{grad}", call, state, (z[0], z[1]))
+
+
 SUBJECTS = [
-    *_quantizers(), *_rounding_rules(), *_agents(), *_searches(), *_estimators(), *_circuits()
+    *_quantizers(), *_rounding_rules(), *_agents(), *_searches(), *_estimators(), *_circuits(),
+    *_latents(),
 ]  # fmt: skip
 all_subjects = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
 

@@ -1,0 +1,153 @@
+"""The wiring of the study: every arm on two tiny cells, what they share, and what the settings change."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlab.configs import qcae as paper
+from qlab.experiments import qcae
+from qlab.lab import config as configs
+from qlab.lab.errors import UserError
+
+CELLS = ("n2_p1", "n2_p2")
+
+
+def tiny(variant="", **values):
+    c = paper.get_config(variant)
+    settings = dict(num_train=32, num_test=20, epochs=1, batch=16, cells=CELLS)
+    for key, value in (settings | values).items():
+        configs.override(c, key, value)
+    return c
+
+
+def run(c, arm, steps=None):
+    experiment = qcae.build(configs.arm_config(c, arm))
+    state = experiment.init(jax.random.key(0))
+    for phase in experiment.phases:
+        step = jax.jit(phase.step)
+        for _ in range(phase.num_steps if steps is None else steps):
+            state, metrics = step(state)
+            assert np.isfinite(metrics["loss"])
+    evaluate = jax.jit(experiment.evaluate) if experiment.jittable else experiment.evaluate
+    return state, evaluate(state)
+
+
+@pytest.fixture(autouse=True)
+def x32():
+    with jax.enable_x64(False):
+        yield
+
+
+EVERY = [(v, a) for v in ("", "ablation") for a in paper.get_config(v).arms]
+FEW = ("tv", "shots_100")
+
+
+@pytest.mark.parametrize(
+    ("variant", "arm"),
+    [pytest.param(v, a, marks=() if a in FEW else pytest.mark.slow) for v, a in EVERY],
+)
+def test_every_arm_runs_and_reports_the_same_names(variant, arm):
+    _, out = run(tiny(variant), arm, steps=1)
+    scalars = {k for k, v in out.items() if np.ndim(v) == 0}
+    names = {"mse", "psnr", "ssim", "train_mse", "latent_params"}
+    assert {f"{cell}/{m}" for cell in (*CELLS, "mean") for m in names} <= scalars
+    assert {k.split("/")[-1] for k in scalars} <= set(qcae.METRICS)
+    assert all(np.isfinite(float(out[k])) for k in scalars)
+    assert out["mean/ssim_of_images"].shape == (20,)
+    mean = float(out["mean/ssim_of_images"].mean())
+    assert mean == pytest.approx(float(out["mean/ssim"]), abs=1e-5)
+
+
+def test_claims_and_figures_name_what_the_standard_study_measures():
+    c = paper.get_config()
+    names = {f"mean/{m}" for m in qcae.METRICS}
+    for claim in qcae.CLAIMS:
+        sides = [claim.left] + ([claim.right] if isinstance(claim.right, tuple) else [])
+        for arms, metric in sides:
+            assert metric in names
+            assert {arms} if isinstance(arms, str) else set(arms) <= set(c.arms)
+    for figure in qcae.FIGURES:
+        assert set(figure.arms) <= set(c.arms)
+
+
+def test_arms_share_noise_and_start():
+    """Encoder and decoder start alike whatever the latent is, and a filter sees the same noisy images."""
+    c = tiny()
+    states = {
+        a: qcae.build(configs.arm_config(c, a)).init(jax.random.key(3))
+        for a in ("linear", "strong", "tv")
+    }
+    first, other = states["linear"]["n2"], states["strong"]["n2_p2"]
+    for part in ("encoder", "decoder"):
+        a, b = first.params[part], other.params[part]
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    key = jax.random.key_data(states["tv"])
+    np.testing.assert_array_equal(key, jax.random.key_data(first.k_noise))
+    np.testing.assert_array_equal(key, jax.random.key_data(other.k_noise))
+
+
+def test_seeds_vary_noise_start_and_order():
+    experiment = qcae.build(configs.arm_config(tiny(), "qaoa"))
+    a, b = (experiment.init(jax.random.key(s))["n2_p1"] for s in (0, 1))
+    for field in ("k_noise", "k_train"):
+        keys = [jax.random.key_data(getattr(s, field)) for s in (a, b)]
+        assert (keys[0] != keys[1]).any()
+    differ = jax.tree.map(lambda x, y: bool((x != y).any()), a.params, b.params)
+    assert differ["latent"]["gamma"]
+    assert differ["encoder"]["conv1"]["kernel"]
+
+
+def test_depth_and_parameters_of_the_arms():
+    c = paper.get_config()
+    c.arms.untied = dict(latent="qaoa_untied")
+
+    def params(arm, n, p):
+        return qcae.make_net(configs.arm_config(c, arm), 8, n, p).latent.num_params
+
+    assert [params("qaoa", 4, p) for p in (1, 2, 3)] == [2, 4, 6]
+    assert params("untied", 6, 2) == 24
+    assert params("mlp", 4, 1) >= params("untied", 4, 3)
+    assert params("cosine", 4, 2) == params("frozen", 4, 2) == params("linear", 4, 2) == 0
+    for rival in ("basic", "ry_cz", "iqp"):
+        assert [params(f"{rival}_m", 8, p) for p in (1, 2, 3)] == [2, 4, 6]
+        assert params(rival, 8, 2) == 16
+    assert [params("strong_m", 4, p) for p in (1, 2, 3)] == [3, 6, 6]
+
+
+@pytest.mark.slow
+def test_parameter_shift_trains_like_backprop():
+    c = tiny(cells=("n2_p1",))
+    start, _ = run(c, "qaoa", steps=0)
+    states = []
+    for grad in ("backprop", "parameter-shift"):
+        configs.override(c, "grad", grad)
+        states.append(run(c, "qaoa", steps=2)[0]["n2_p1"].params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *states)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), states[0], start["n2_p1"].params)
+    assert min(jax.tree.leaves(moved["latent"])) > 1e-4
+
+
+def test_conventions_and_sweep_are_settings_of_the_config():
+    for key, values in paper.CONVENTIONS.items():
+        for value in values:
+            c = paper.get_config()
+            configs.override(c, key, value)
+            assert configs.canonical(c) != configs.canonical(paper.get_config()), key
+    trials = list(paper.sweep())
+    assert len(trials[0]) >= 3
+    for overrides in trials:
+        c = paper.get_config()
+        for key, value in overrides.items():
+            configs.override(c, key, value)
+
+
+def test_bad_settings_are_one_line():
+    with pytest.raises(UserError, match="n4_p2"):
+        qcae.build(configs.arm_config(tiny(cells=("4x2", "n2_p1")), "qaoa"))
+    with pytest.raises(UserError, match="depth or params"):
+        qcae.build(configs.arm_config(tiny(match="parameters"), "basic"))
+    with pytest.raises(UserError, match="did you mean"):
+        qcae.build(configs.arm_config(tiny(method="medain"), "qaoa"))
+    with pytest.raises(UserError, match="split"):
+        qcae.build(configs.arm_config(tiny(split="valid"), "qaoa"))
