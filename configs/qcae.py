@@ -16,15 +16,14 @@ A seed draws the noise, the start of all weights and angles, and the order of th
 Learning rates: the best of 1e-3, 3e-3, 1e-2 by validation error at n6_p2, two seeds of root key 1000, 1e3 x MSE:
 linear 40.6 34.6 33.2; tanh 53.7 37.1 34.1; MLP 54.9 42.3 54.4; cosine 45.6 36.1 33.8; frozen 42.8 37.0 36.1;
 QAOA 41.2 34.6 35.0; BasicEntangler 51.0 42.7 56.2; RY-CZ 43.7 35.4 34.8; StronglyEntangling 46.3 38.7 36.8; IQP 52.1
-45.9 58.4; U-Net 23.5 21.6 21.7. The _m arms take the rate of their circuit. At 1e-3 every net is still far from
-converged after 30 epochs, and the order of latents there is that of their speed: this is where a gain of 40 % over a
-weak baseline can come from.
+45.9 58.4; U-Net 23.5 21.6 21.7. The _m arms take the rate of their circuit. The grid of rates is coarse and
+QAOA's two best nearly tie. At 1e-3 all errors are higher and linear and QAOA are almost level.
 
 Measured so far, three seeds, arms unet, ry_cz, iqp and _m not run yet; SSIM, mean of the cells: QAOA .823, linear .837,
 cosine .841, frozen .804, BasicEntangler .785, StronglyEntangling .789, MLP .768, tanh .693, noisy .804, best filter
 .808, PCA .813, reduced rank .821, ridge .900. QAOA has a higher training loss and a lower SSIM than the linear latent
-(both intervals exclude 0), and its entangler costs SSIM against q = cos a. tanh, and frozen at n4, lost single seeds at
-1e-2, a rate chosen at n6 alone: their means are those of an unstable run, and beating them says little.
+(both intervals exclude 0), and its entangler costs SSIM against q = cos a. tanh, frozen and
+StronglyEntangling collapsed in single cells at 1e-2, a rate chosen at n6 alone: beating their means says little.
 
 Variants: :ablation (depth 0 to 4, graphs, untied angles, PennyLane's QAOAEmbedding, shots, parameter shift, noise,
 small start, fresh noise), :mnist (10,000 images, 5 epochs), :full (the paper's scale, for an accelerator).
