@@ -5,6 +5,8 @@ from __future__ import annotations
 from qlab.lab.experiment import Claim, Figure, Metric
 
 METRICS = {
+    "iterations": Metric("", "lower", "batches popped, mean over targets"),
+    "max_open": Metric("entries", "lower", "most entries in OPEN, mean over targets"),
     "solved": Metric("%", "higher", "targets compiled within the node limit"),
     "cost": Metric("gates", "lower", "mean length of the words found"),
     "cost_gap": Metric("%", "lower", "mean length above the exact optimum, compiled targets"),
