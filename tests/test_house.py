@@ -178,14 +178,12 @@ def test_nothing_names_a_machine_or_an_index():
     if files.returncode:
         pytest.skip("not a checkout")
     assert not [f for f in files.stdout.split() if f.endswith(("uv.lock", "poetry.lock"))]
-    pattern = re.compile(r"index-url|/simple[\"/\s]|(?<![\w.])/(root|home|work)/\w")
+    # Spelt so that this line is not what it looks for.
+    folders = "|".join(("root", "home", "work"))
+    pattern = re.compile(rf"index[-]url|/[s]imple[\"/\s]|(?<![\w.])/({folders})/\w")
     for name in files.stdout.split():
         path = ROOT / name
-        if (
-            path.suffix in (".py", ".toml", ".md", ".txt", ".yaml", ".ipynb", "")
-            and path.is_file()
-            and name != "tests/test_house.py"
-        ):
+        if path.suffix in (".py", ".toml", ".md", ".txt", ".yaml", ".ipynb", "") and path.is_file():
             found = pattern.search(path.read_text(errors="ignore"))
             assert not found, f"{name}: {found and found.group()}"
 
