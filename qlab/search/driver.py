@@ -51,10 +51,7 @@ class Work(NamedTuple):
 
 def _expand(p: Problem, plan: Plan, words: jax.Array):
     """All children of states u32[b, n]: packed u32[b * A, n] and costs f32[b * A]."""
-    actions = jnp.arange(p.num_actions, dtype=jnp.int32)
-    states = unpack(words, plan.state)
-    step = jax.vmap(jax.vmap(lambda s, a: (p.next_state(s, a), p.cost(s, a)), (None, 0)), (0, None))
-    children, cost = step(states, actions)
+    children, cost = jax.vmap(lambda s: P.expand(p, s))(unpack(words, plan.state))
     return pack(children.reshape(-1, *plan.state.shape)), cost.astype(jnp.float32).ravel()
 
 

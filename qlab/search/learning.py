@@ -17,6 +17,7 @@ import optax
 
 from qlab.search.domains import Domain, exact_q
 from qlab.search.nets import net_apply, net_init
+from qlab.search.problem import expand
 
 Target = Literal["h", "q", "q_taken", "q_bootstrap", "q_bootstrap_all", "h_bootstrap"]
 BOOTSTRAPPED = ("q_bootstrap", "q_bootstrap_all", "h_bootstrap")
@@ -57,12 +58,7 @@ def q_target(domain: Domain, target: Any, states: jax.Array, actions: jax.Array)
 def all_targets(domain: Domain, target: Any, states: jax.Array) -> jax.Array:
     """Bootstrapped y(s, a) of every action: f32[n, A]; `target` has A heads (Q) or one (h)."""
     p = domain.problem
-    actions = jnp.arange(p.num_actions, dtype=jnp.int32)
-
-    def per_state(s):
-        return jax.vmap(lambda a: (p.next_state(s, a), p.cost(s, a)))(actions)
-
-    after, cost = jax.vmap(per_state)(states)
+    after, cost = jax.vmap(lambda s: expand(p, s))(states)
     flat = after.reshape(-1, *states.shape[1:])
     ahead = net_apply(target, jax.vmap(p.encode)(flat)).min(-1)
     ahead = jnp.where(jax.vmap(p.is_goal)(flat), 0.0, ahead).reshape(cost.shape)

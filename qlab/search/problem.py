@@ -79,6 +79,12 @@ def status_name(status: jax.Array | int) -> str:
     return STATUS[int(status)]
 
 
+def expand(problem: Problem, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Every action from one state: (children [A, ...], costs f32[A])."""
+    actions = jnp.arange(problem.num_actions, dtype=jnp.int32)
+    return jax.vmap(lambda a: (problem.next_state(s, a), problem.cost(s, a)))(actions)
+
+
 def macro_words(
     num_actions: int,
     depth: int,

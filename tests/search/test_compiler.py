@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qlab.quantum import gatesets, unitaries, words
+from qlab.quantum.ptm import ptm_of_unitary
 from qlab.search import learning, search_many
 from qlab.search.beam import beam, random_walks
 from qlab.search.domains import compiler
@@ -30,7 +31,7 @@ def exact_q(name, max_len):
     table = words.enumerate_unitaries(g, max_len)
     ptms = jax.vmap(unitaries.ptm_features)(jnp.asarray(table.mats, jnp.complex64))
     m = int(np.sqrt(ptms.shape[1]))
-    turn = jax.vmap(unitaries.ptm)(jnp.asarray(g.matrices, jnp.complex64))[:, 1:, 1:]
+    turn = jax.vmap(ptm_of_unitary)(jnp.asarray(g.matrices, jnp.complex64))[:, 1:, 1:]
 
     def q(_, enc):
         after = jnp.einsum("aji,bjk->baik", turn, enc[:, :-1].reshape(-1, m, m))  # g^dagger R

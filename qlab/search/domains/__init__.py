@@ -13,7 +13,7 @@ import numpy as np
 from qlab.data.puzzles import puzzles
 from qlab.lab.errors import UserError
 from qlab.search.domains import cube, lights_out, sliding
-from qlab.search.problem import Problem
+from qlab.search.problem import Problem, expand
 
 
 class Domain(NamedTuple):
@@ -218,11 +218,10 @@ def exact_q(d: Domain) -> np.ndarray:
     p, distance = d.problem, d.distance
     if p in _EXACT_Q:
         return _EXACT_Q[p]
-    actions = jnp.arange(p.num_actions, dtype=jnp.int32)
 
     def row(s):
-        after = jax.vmap(lambda a: p.next_state(s, a))(actions)
-        return (jax.vmap(lambda a: p.cost(s, a))(actions) + distance(after)).astype(jnp.uint8)
+        after, cost = expand(p, s)
+        return (cost + distance(after)).astype(jnp.uint8)
 
     table = jax.jit(lambda s: jax.lax.map(row, s, batch_size=1024))(d.states)
     return _EXACT_Q.setdefault(p, np.asarray(table))
@@ -239,9 +238,7 @@ def exact(d: Domain, kind: str) -> tuple[Problem, jax.tree_util.Partial]:
         return distance(enc.astype(goal.dtype))
 
     def q(_, enc):
-        s, a = enc.astype(goal.dtype), jnp.arange(p.num_actions)
-        after = jax.vmap(jax.vmap(p.next_state, (None, 0)), (0, None))(s, a)
-        cost = jax.vmap(jax.vmap(p.cost, (None, 0)), (0, None))(s, a)
+        after, cost = jax.vmap(lambda s: expand(p, s))(enc.astype(goal.dtype))
         return cost + distance(after.reshape(-1, *goal.shape)).reshape(cost.shape)
 
     problem = p._replace(encode=lambda s: s.astype(jnp.float32))

@@ -203,6 +203,13 @@ def ones_q(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Array]:
 Solve = Callable[..., SearchResult]
 
 
+def _targets_of(e: Elements, starts) -> np.ndarray:
+    """c128[T, N, N]: the targets that start states i32[T, S] hold, on the host."""
+    m, n = e.identity.size, e.gates.shape[-1]
+    f = np.asarray(starts)[:, m:-1].view(np.float32).astype(np.float64)
+    return (f[:, : n * n] + 1j * f[:, n * n :]).reshape(-1, n, n)
+
+
 def host_solver(
     e: Elements, find: Callable[[np.ndarray], tuple[list[tuple[int, ...] | None], int]]
 ) -> Solve:
@@ -212,10 +219,7 @@ def host_solver(
     """
 
     def solve(problem, heuristic, starts, **options):
-        m, n = e.identity.size, e.gates.shape[-1]
-        f = np.asarray(starts)[:, m:-1].view(np.float32).astype(np.float64)
-        u = (f[:, : n * n] + 1j * f[:, n * n :]).reshape(-1, n, n)
-        return from_words(*find(u))
+        return from_words(*find(_targets_of(e, starts)))
 
     return solve
 
@@ -242,13 +246,10 @@ def verified(
 
     def run(problem, heuristic, starts, **options):
         r = solve(problem, heuristic, starts, **options)
-        m, n = e.identity.size, e.gates.shape[-1]
-        paths = np.asarray(r.path)
+        paths, targets = np.asarray(r.path), _targets_of(e, starts)
         for i in np.flatnonzero(np.asarray(r.solved)):
-            f = np.asarray(starts[i])[m:-1].view(np.float32).astype(np.float64)
-            u = (f[: n * n] + 1j * f[n * n :]).reshape(n, n)
             word = paths[i][paths[i] >= 0]
-            if not (d := distance(word, u)) < eps * 1.001 + 1e-6:
+            if not (d := distance(word, targets[i])) < eps * 1.001 + 1e-6:
                 raise RuntimeError(f"word {word.tolist()} is at distance {d:.2g}, not within {eps}")
         return r
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlab.search.domains.sliding import rank
 from qlab.search.problem import Problem, macro_words
 
 FACES = "UDLRBF"
@@ -164,11 +165,8 @@ def corners_of(s: jax.Array) -> tuple[jax.Array, jax.Array]:
 def rank2(s: jax.Array) -> jax.Array:
     """i32[]: the number of a state of the small cube, in 0..3674159; the goal is 0."""
     corner, twist = corners_of(s)
-    later = jnp.triu(jnp.ones((7, 7), jnp.int32), 1)
-    digits = jnp.sum((corner[:, None] > corner[None, :]) * later, 1)
-    factorials = np.cumprod([1, *range(1, 7)])[::-1].astype(np.int32)
     powers = (3 ** np.arange(6)).astype(np.int32)
-    return jnp.sum(digits * factorials) * 729 + jnp.sum(twist[:6] * powers)
+    return rank(corner) * 729 + jnp.sum(twist[:6] * powers)
 
 
 def unrank2(number: np.ndarray) -> np.ndarray:
@@ -192,13 +190,13 @@ def unrank2(number: np.ndarray) -> np.ndarray:
 @functools.cache
 def distances2() -> np.ndarray:
     """i8[3674160]: quarter turns to the goal by `rank2`; at most 14."""
-    rank = jax.jit(jax.vmap(rank2))
+    number = jax.jit(jax.vmap(rank2))
     table = turns(2).astype(np.int64)
     # A turn acts on where the corners are and on how they are twisted apart from each other.
     permutations = unrank2(np.arange(5040) * 729)
     orientations = unrank2(np.arange(729))
-    move_p = np.stack([np.asarray(rank(permutations[:, t])) // 729 for t in table])
-    move_o = np.stack([np.asarray(rank(orientations[:, t])) % 729 for t in table])
+    move_p = np.stack([np.asarray(number(permutations[:, t])) // 729 for t in table])
+    move_o = np.stack([np.asarray(number(orientations[:, t])) % 729 for t in table])
     out = np.full(5040 * 729, -1, np.int8)
     layer = np.zeros(1, np.int64)
     out[layer] = 0
