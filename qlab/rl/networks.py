@@ -5,8 +5,8 @@ The zero head makes every policy uniform and every value zero before the first u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
@@ -15,19 +15,29 @@ import jax.numpy as jnp
 LN_EPS = 1e-5
 
 
+def _one_draw(key: jax.Array, shapes: Iterable[tuple[int, int]]) -> list[jax.Array]:
+    """Matrices of these shapes, uniform in [-1, 1], from one draw."""
+    shapes = list(shapes)
+    ends = list(accumulate(a * b for a, b in shapes))
+    draw = jax.random.uniform(key, (ends[-1] if ends else 0,), minval=-1.0, maxval=1.0)
+    starts = [0, *ends[:-1]]
+    return [draw[s:e].reshape(ab) for s, e, ab in zip(starts, ends, shapes, strict=False)]
+
+
 def mlp_init(key: jax.Array, num_in: int, hidden: Sequence[int], num_out: int) -> Any:
     """Parameters of an MLP: LeCun-uniform hidden layers, zero head. hidden = () is a linear map.
 
     All weights come from one draw: a draw a layer would take longer to compile than to train with.
     """
     widths = (num_in, *hidden)
-    sizes = [a * b for a, b in pairwise(widths)]
-    draw = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
-    layers, start = [], 0
-    for (a, b), size in zip(pairwise(widths), sizes, strict=True):
-        w = draw[start : start + size].reshape(a, b) * (3 / a) ** 0.5  # variance 1 / a
-        layers.append({"w": w, "scale": jnp.ones(b), "shift": jnp.zeros(b)})
-        start += size
+    layers = [
+        {
+            "w": w * (3 / len(w)) ** 0.5,
+            "scale": jnp.ones(w.shape[1]),
+            "shift": jnp.zeros(w.shape[1]),
+        }
+        for w in _one_draw(key, pairwise(widths))  # variance 1 / fan-in
+    ]
     return {"layers": layers, "w": jnp.zeros((widths[-1], num_out)), "b": jnp.zeros(num_out)}
 
 
@@ -52,14 +62,9 @@ def dense_init(key: jax.Array, num_in: int, hidden: Sequence[int], num_out: int)
     Each entry is uniform in +-1/sqrt(fan_in); all come from one draw.
     """
     widths = (num_in, *hidden, num_out)
-    sizes = [(a + 1) * b for a, b in pairwise(widths)]
-    draw = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
-    layers, start = [], 0
-    for (a, b), size in zip(pairwise(widths), sizes, strict=True):
-        block = draw[start : start + size].reshape(a + 1, b) * a**-0.5
-        layers.append({"w": block[:a], "b": block[a]})
-        start += size
-    return layers
+    blocks = _one_draw(key, ((a + 1, b) for a, b in pairwise(widths)))
+    scaled = [block * (len(block) - 1) ** -0.5 for block in blocks]
+    return [{"w": block[:-1], "b": block[-1]} for block in scaled]
 
 
 def dense_apply(params: Any, x: jax.Array) -> jax.Array:
