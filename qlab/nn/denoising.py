@@ -29,8 +29,11 @@ def noisy_images(
     key: jax.Array, part: str, x: jax.Array, index: jax.Array, sigma: float, epoch: Any = 0
 ) -> jax.Array:
     """The noisy versions of x f[N, S, S, 1], images `index` i32[N] of a part; each part has a stream of its own."""
-    stream = jax.random.fold_in(jax.random.fold_in(key, PARTS.index(part)), epoch)
-    return _noisy(stream, x, index, sigma)
+    return _noisy(_stream(key, part, epoch), x, index, sigma)
+
+
+def _stream(key: jax.Array, part: str, epoch: Any = 0) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, PARTS.index(part)), epoch)
 
 
 def _noisy(stream: jax.Array, x: jax.Array, index: jax.Array, sigma: float) -> jax.Array:
@@ -146,9 +149,7 @@ def evaluate(
       parts: name -> clean images f[N, S, S, 1]; all go through one loop, so that the net is compiled once.
     """
     _, _, k_shots = jax.random.split(state.k_train, 3)
-    streams = [
-        jax.random.fold_in(jax.random.fold_in(state.k_noise, PARTS.index(p)), 0) for p in parts
-    ]
+    streams = [_stream(state.k_noise, p) for p in parts]
     which = jnp.concatenate([jnp.full(len(x), i) for i, x in enumerate(parts.values())])
     index = jnp.concatenate([jnp.arange(len(x)) for x in parts.values()])
 
@@ -179,7 +180,7 @@ def evaluate_classical(
     pairs = {
         q: (noisy_images(k_noise, q, x, jnp.arange(len(x)), sigma), x) for q, x in parts.items()
     }
-    train, val = (tuple(np.asarray(z) for z in pairs[q]) for q in ("train", "val"))
+    train, val = ((np.asarray(y), np.asarray(x)) for y, x in (pairs["train"], pairs["val"]))
     run, _ = denoisers.fit(name, train, val, rank=rank)
     restored = {q: jnp.asarray(run(np.asarray(pairs[q][0])), jnp.float32) for q in ("train", part)}
     return {q: scores(parts[q], x) for q, x in restored.items()}

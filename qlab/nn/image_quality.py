@@ -6,6 +6,7 @@ Letters: N = images, H, W, C = height, width, channels. Pixels lie in [0, 1].
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,7 @@ def ssim(
     return (top / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean((1, 2, 3))
 
 
-def ssim_for(side: int) -> dict[str, int | float | None]:
+def ssim_for(side: int) -> dict[str, Any]:
     """The window for square images: Gaussian 11 x 11 where it fits, else uniform 7 x 7.
 
     >>> ssim_for(8)

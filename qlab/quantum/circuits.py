@@ -16,6 +16,7 @@ layer over the qubits. `match_depth` gives a rival about as many parameters as Q
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ class Circuit(NamedTuple):
 
     @property
     def num_params(self) -> int:
-        return sum(_size(s) for s in self.shapes.values())
+        return sum(math.prod(s) for s in self.shapes.values())
 
     def init(self, key: jax.Array, scale: float = float(jnp.pi)) -> Params:
         """Angles uniform in [-scale, scale]."""
@@ -52,13 +53,6 @@ class Circuit(NamedTuple):
             name: jax.random.uniform(k, shape, minval=-scale, maxval=scale)
             for k, (name, shape) in zip(keys, self.shapes.items(), strict=False)
         }
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for s in shape:
-        size *= s
-    return size
 
 
 def _qaoa(name: str, n: int, p: int, edges: qaoa.Edges, tied: bool) -> Circuit:
@@ -100,25 +94,25 @@ def _cx_pairs(n: int, reach: int) -> tuple[tuple[int, int], ...]:
     return tuple((i, (i + reach) % n) for i in range(n))
 
 
+def _layered(name: str, n: int, p: int, edges: qaoa.Edges, tied: bool, kind: str, layer) -> Circuit:
+    """RX(a), then p times a layer whose only angles are those of its rotations of one kind."""
+
+    def angles(a, w):
+        return jnp.concatenate([a, jnp.broadcast_to(w[kind], (p, n)).reshape(-1)])
+
+    shapes = {kind: (p, 1 if tied else n)}
+    return Circuit(name, n, p, edges, (col.local("rx", n), *(layer * p)), shapes, angles)
+
+
 def basic(n: int, p: int, edges: qaoa.Edges, tied: bool = False) -> Circuit:
     ring = {1: (), 2: ((0, 1),)}.get(n, _cx_pairs(n, 1))
     layer = (col.local("rx", n), col.Column("cx", ring))
-
-    def angles(a, w):
-        return jnp.concatenate([a, jnp.broadcast_to(w["rx"], (p, n)).reshape(-1)])
-
-    shapes = {"rx": (p, 1 if tied else n)}
-    return Circuit("basic", n, p, edges, (col.local("rx", n), *(layer * p)), shapes, angles)
+    return _layered("basic", n, p, edges, tied, "rx", layer)
 
 
 def ry_cz(n: int, p: int, edges: qaoa.Edges, tied: bool = False) -> Circuit:
     layer = (col.Column("cz", edges), col.local("ry", n))
-
-    def angles(a, w):
-        return jnp.concatenate([a, jnp.broadcast_to(w["ry"], (p, n)).reshape(-1)])
-
-    shapes = {"ry": (p, 1 if tied else n)}
-    return Circuit("ry_cz", n, p, edges, (col.local("rx", n), *(layer * p)), shapes, angles)
+    return _layered("ry_cz", n, p, edges, tied, "ry", layer)
 
 
 def strong(n: int, p: int, edges: qaoa.Edges, tied: bool = False) -> Circuit:
@@ -280,4 +274,6 @@ def _noisy(qml: Any, c: Circuit, a: jax.Array, w: Params, depol: float) -> None:
         for part in parts:
             qml.apply(part)
             k = len(part.wires)
-            qml.QubitChannel(list(depolarizing_kraus(p_to_lam(depol, k), k)), wires=part.wires)
+            qml.QubitChannel(
+                list(depolarizing_kraus(jnp.asarray(p_to_lam(depol, k)), k)), wires=part.wires
+            )

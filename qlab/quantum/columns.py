@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,8 +131,8 @@ def _cx_order(pairs: tuple[tuple[int, ...], ...], n: int) -> tuple[int, ...]:
 def state(columns: Columns, n: int, phi: jax.Array) -> jax.Array:
     """psi c[2^n] after the columns, from |0...0>."""
     dtype = _complex(phi.dtype)
-    psi = None  # still |0...0>
-    pending = None  # c[n, 2, 2] of one-qubit gates that wait
+    psi: Any = None  # still |0...0>
+    pending: Any = None  # c[n, 2, 2] of one-qubit gates that wait
 
     def flush(psi, pending):
         if psi is None:
@@ -181,10 +181,7 @@ def _fixed_ptm(kind: str) -> np.ndarray:
     """f64 Pauli-transfer matrix of h (4 x 4), cz or cx (16 x 16)."""
     if kind == "cx":
         return pt.cnot_ptm()
-    unitary = _H if kind == "h" else np.diag([1.0, 1, 1, -1])
-    k = 1 if kind == "h" else 2
-    basis = pt.pauli_basis(k)
-    return np.einsum("iab,jba->ij", basis, unitary @ basis @ unitary.conj().T).real / 2**k
+    return pt.fixed_ptm(_H if kind == "h" else np.diag([1.0, 1, 1, -1]))
 
 
 @functools.cache

@@ -41,6 +41,13 @@ def ptm_of_unitary(unitary: jax.Array) -> jax.Array:
     return ptm_of_kraus(unitary[None])
 
 
+def fixed_ptm(unitary: np.ndarray) -> np.ndarray:
+    """f64[4^k, 4^k] of a constant gate, on the host."""
+    dim = unitary.shape[0]
+    basis = pauli_basis(int(np.log2(dim)))
+    return np.einsum("iab,jba->ij", basis, unitary @ basis @ unitary.conj().T).real / dim
+
+
 def ptm_depolarizing(p: jax.Array, k: int) -> jax.Array:
     """f[4^k, 4^k]: with probability p a uniformly drawn non-identity Pauli on k qubits.
 
@@ -67,9 +74,7 @@ def ptm_rotation(axis: int, angle: jax.Array) -> jax.Array:
 @functools.cache
 def cnot_ptm() -> np.ndarray:
     """f64[16, 16] of CNOT, control on the first of the two wires: a signed permutation."""
-    u = np.eye(4)[[0, 1, 3, 2]]
-    basis = pauli_basis(2)
-    return np.einsum("iab,jba->ij", basis, u @ basis @ u.T).real.round() / 4
+    return fixed_ptm(np.eye(4)[[0, 1, 3, 2]]).round()
 
 
 def ptm_thermal(

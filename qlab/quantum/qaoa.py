@@ -120,14 +120,7 @@ def qaoa_maxcut_energy(gamma: jax.Array, beta: jax.Array, edges: Edges, n: int) 
     3.0
     """
     cut = (len(edges) - zz_diag(edges, None, n)) / 2
-    # exp(-i gamma C) is, up to a phase, a zz gate of angle -gamma on every edge
-    layer = (col.Column("zz", edges), col.local("rx", n))
-    columns = (col.local("h", n), *(layer * gamma.shape[0]))
-    phi = jnp.concatenate(
-        [
-            jnp.broadcast_to(-gamma[:, None], (gamma.shape[0], len(edges))),
-            jnp.broadcast_to(2 * beta[:, None], (gamma.shape[0], n)),
-        ],
-        1,
-    )
-    return cut.astype(phi.dtype) @ col.probabilities(columns, n, phi.reshape(-1))
+    # exp(-i gamma C) is, up to a phase, a zz gate of angle -gamma on every edge; |+> needs no data angles
+    columns = (col.local("h", n), *qaoa_columns(n, gamma.shape[0], edges)[1:])
+    phi = qaoa_angles(jnp.zeros(n, gamma.dtype), -gamma / 2, beta, edges)[n:]
+    return cut.astype(phi.dtype) @ col.probabilities(columns, n, phi)

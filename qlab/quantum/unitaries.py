@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from qlab.quantum.ptm import pauli_basis
+from qlab.quantum.ptm import ptm_of_unitary
 
 
 def hs_distance(u: jax.Array, v: jax.Array) -> jax.Array:
@@ -51,20 +50,9 @@ def phase_fix(u: jax.Array) -> jax.Array:
     return u * (entry.conj() / jnp.maximum(jnp.abs(entry), 1e-30))[..., None, None]
 
 
-def ptm(u: jax.Array) -> jax.Array:
-    """Pauli-transfer matrix f32[4^n, 4^n] of one unitary c[N, N]; for n = 1 its lower block is in SO(3).
-
-    >>> ptm(jnp.array([[0, 1], [1, 0]], jnp.complex64)).round(3).tolist()[2]
-    [0.0, 0.0, -1.0, 0.0]
-    """
-    dim = u.shape[-1]
-    basis = jnp.asarray(pauli_basis(int(np.log2(dim))), u.dtype)
-    return jnp.einsum("iab,jba->ij", basis, u @ basis @ u.conj().T).real / dim
-
-
 def ptm_features(u: jax.Array) -> jax.Array:
     """f32[(4^n - 1)^2]: the Pauli-transfer matrix without its constant row and column; blind to the phase."""
-    return ptm(u)[1:, 1:].ravel()
+    return ptm_of_unitary(u)[1:, 1:].ravel()
 
 
 def raw_features(u: jax.Array) -> jax.Array:
