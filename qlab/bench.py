@@ -105,6 +105,7 @@ def _bench(
     module = importlib.import_module(f"qlab.benches.{name}")
     settings: dict[str, Any] = module.settings(quick)
     config = configs.base(f"bench_{name}", settings=settings)
+    goals = module.goals(settings) if hasattr(module, "goals") else module.GOALS
     metrics = {**module.METRICS, **measure.MACHINE}
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
@@ -123,7 +124,7 @@ def _bench(
         "processor": measure.processor(),
         "figures": [f._asdict() for f in getattr(module, "FIGURES", ())],
         "metrics": {k: m._asdict() for k, m in metrics.items()},
-        "claims": [g._asdict() for g in module.GOALS],
+        "claims": [g._asdict() for g in goals],
         "diverged": {},
     }
     records.write_atomic(folder / "config.json", configs.canonical(config) + "\n")
@@ -164,7 +165,7 @@ def _bench(
         "status": "done",
         "wall_s": round(wall_s, 3),
     }
-    verdicts = claims.check(module.GOALS, rows, manifest)
+    verdicts = claims.check(goals, rows, manifest)
     records.write_atomic(folder / "results.jsonl", "".join(records.dumps(r) + "\n" for r in rows))
     records.write_json(folder / "claims.json", [v._asdict() for v in verdicts])
     summary = f"{name}: {module.summary(numbers)}{_verdicts(verdicts)}"

@@ -126,5 +126,83 @@ def torch_int8(xq: np.ndarray, codes: np.ndarray, x_scale: np.ndarray, w_scale: 
     return _torch_call(lambda a, b: torch._int_mm(a, b).float() * xs * ws, a, b)
 
 
-WEIGHT_ONLY = {"onnxruntime": onnx_weight_only, "torch": torch_weight_only}
-INT8 = {"onnxruntime": onnx_int8, "torch": torch_int8}
+def _jitted(f: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    import jax
+
+    compiled = jax.jit(f)
+    return lambda: compiled(*args)
+
+
+def xla_weight_only(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bits: int, group: int):
+    """bf16 x with weights in XLA's own small integers, a product for each group and its scales after it."""
+    import jax
+    import jax.numpy as jnp
+
+    if bits not in (4, 8):
+        raise Absent(f"XLA multiplies bf16 with 4 or 8 bits, not {bits}")
+    n, k = codes.shape
+    w = jnp.asarray(codes.astype(np.int32) - 2 ** (bits - 1), jnp.int4 if bits == 4 else jnp.int8)
+
+    def f(x, w, scale):
+        x, w = x.reshape(len(x), k // group, group), w.reshape(n, k // group, group)
+        dims = (((2,), (2,)), ((1,), (1,)))
+        y = jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+        return jnp.einsum("gmn,ng->mn", y, scale)
+
+    return _jitted(f, jnp.asarray(x, jnp.bfloat16), w, jnp.asarray(scale))
+
+
+def xla_int8(xq: np.ndarray, codes: np.ndarray, x_scale: np.ndarray, w_scale: np.ndarray):
+    """bf16 x with int8 weights as they are: what XLA makes of mixed operands."""
+    import jax
+    import jax.numpy as jnp
+
+    def f(x, w, scale):
+        dims = (((1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+        return y * scale
+
+    x = jnp.asarray(xq * x_scale, jnp.bfloat16)
+    return _jitted(f, x, jnp.asarray(codes), jnp.asarray(w_scale.reshape(1, -1)))
+
+
+def _qwix(x: Any, w: Any):
+    import jax.numpy as jnp
+
+    dims = (((1,), (1,)), ((), ()))
+    dot = _need("qwix").dot_general
+    return _jitted(lambda x, w: dot(x, w, dims, preferred_element_type=jnp.float32), x, w)
+
+
+def qwix_weight_only(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bits: int, group: int):
+    """bf16 x with a QArray of int4 or int8 and a scale a group."""
+    import jax.numpy as jnp
+
+    if bits not in (4, 8):
+        raise Absent(f"qwix has int4 and int8, not {bits} bits")
+    small = jnp.int4 if bits == 4 else jnp.int8
+    w = jnp.asarray(codes.astype(np.int32) - 2 ** (bits - 1), small)
+    q = _need("qwix").QArray(w, jnp.asarray(scale), None, small)
+    return _qwix(jnp.asarray(x, jnp.bfloat16), q)
+
+
+def qwix_int8(xq: np.ndarray, codes: np.ndarray, x_scale: np.ndarray, w_scale: np.ndarray):
+    """Both operands as QArrays of int8."""
+    import jax.numpy as jnp
+
+    make = lambda q, s: _need("qwix").QArray(jnp.asarray(q), jnp.asarray(s), None, jnp.int8)  # noqa: E731
+    return _qwix(make(xq, x_scale), make(codes, w_scale))
+
+
+WEIGHT_ONLY = {
+    "xla_int": xla_weight_only,
+    "qwix": qwix_weight_only,
+    "onnxruntime": onnx_weight_only,
+    "torch": torch_weight_only,
+}
+INT8 = {
+    "xla_int": xla_int8,
+    "qwix": qwix_int8,
+    "onnxruntime": onnx_int8,
+    "torch": torch_int8,
+}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlab import ops
+from qlab.benches.kernel_cases import quantized
 from qlab.benches.measure import Tell, processor, seconds_per_call
 from qlab.kernels.common import dispatch, tuned
 from qlab.lab.errors import UserError
@@ -28,7 +29,7 @@ class Job(NamedTuple):
     impls: tuple[dispatch.Impl, ...]
     call: Callable[[str], Callable[..., Any]]
     args: tuple[Any, ...]
-    plain: tuple[Callable[[], Any], ...]
+    plain: tuple[Callable[[], Any], ...] = ()
 
 
 def best_s(call: Callable[[], Any]) -> float:
@@ -73,6 +74,8 @@ def tune(jobs: list[Callable[[], Job]], tell: Tell) -> None:
     date = datetime.date.today().isoformat()
     for make in jobs:
         job = make()
+        if all(i.name == "reference" or i.why_not(job.spec) for i in job.impls):
+            continue
         tell(f"tuning {job.op}: {job.spec.dims} {job.spec.options}")
         dense = min((best_s(f) for f in job.plain), default=None)
         records = []
@@ -96,6 +99,8 @@ def tune(jobs: list[Callable[[], Job]], tell: Tell) -> None:
             }
             records.append(record | ({"dense_us": round(1e6 * dense, 2)} if dense else {}))
             tell(f"  {impl.name}: {1e6 * seconds:.4g} us with {blocks or 'no blocks'}")
+        if not records:
+            continue
         try:
             tuned.save(job.op, records)
         except OSError as e:
@@ -107,14 +112,10 @@ def tune(jobs: list[Callable[[], Job]], tell: Tell) -> None:
 def weight_only(m: int, bits: int, s: dict[str, Any]) -> Job:
     """bf16 x, one scale and zero point for each group."""
     from qlab.kernels.weight_only_matmul import api
-    from qlab.quantization.qtensor import QTensor
 
     k, n, group = s["k"], s["n"], s["group"]
     rng = np.random.default_rng(0)
-    codes = jnp.asarray(rng.integers(0, 2**bits, (n, k)), jnp.uint8)
-    scale = jnp.asarray(rng.uniform(0.5, 1.5, (n, k // group)), jnp.float32)
-    zero = jnp.full(scale.shape, 2.0 ** (bits - 1))
-    qt = ops.pack(QTensor(codes, scale, zero, None, bits, (1,), (n, k)))
+    qt = ops.pack(quantized(rng, n, k, bits, group))
     x = jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
     w = ops.dequantize(qt)
     dot = jax.jit(lambda x, w: jnp.dot(x, w.T, preferred_element_type=jnp.float32))
@@ -129,5 +130,91 @@ def weight_only(m: int, bits: int, s: dict[str, Any]) -> Job:
     )
 
 
+def int8(m: int, s: dict[str, Any]) -> Job:
+    """Static scales of tokens and channels, bf16 out."""
+    from qlab.kernels.int8_matmul import api
+
+    k, n = s["k"], s["n"]
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.integers(-127, 128, (rows, k)), jnp.int8) for rows in (m, n))
+    scales = (jnp.ones((m, 1)), jnp.ones((n, 1)))
+    return Job(
+        "int8_matmul",
+        api.spec_of(m, k, n),
+        _with_blocks(api.IMPLS),
+        lambda impl: lambda *a: api.int8_matmul(*a, out_dtype=jnp.bfloat16, impl=impl),
+        (x, w, *scales),
+    )
+
+
+def sparse(m: int, s: dict[str, Any]) -> Job:
+    """4 bits, half of the groups of 16."""
+    from qlab.kernels.group_sparse_matmul import api
+
+    k, n, bits, group = s["k"], s["n"], 4, 16
+    rng = np.random.default_rng(0)
+    bsr = ops.group_sparse(
+        quantized(rng, n, k, bits, group), jnp.asarray(rng.random((n, k // group)) < 0.5)
+    )
+    x = jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
+    return Job(
+        "group_sparse_matmul",
+        api.spec_of(m, k, n, bsr.col_idx.shape[0], bits=bits, group=group),
+        _with_blocks(api.IMPLS),
+        lambda impl: lambda x, b: api.group_sparse_matmul(x, b, bits=bits, group=group, impl=impl),
+        (x, bsr),
+    )
+
+
+def quantize_pack(s: dict[str, Any]) -> Job:
+    from qlab.kernels.quantize_pack import api
+
+    rows, k, options = s["rows"], s["k"], dict[str, Any](bits=4, group=s["group"])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, k)), jnp.bfloat16)
+    return Job(
+        "quantize_pack",
+        api.spec_of(rows, k, **options),
+        _with_blocks(api.IMPLS),
+        lambda impl: lambda x: api.quantize_pack(x, impl=impl, **options),
+        (x,),
+    )
+
+
+def hadamard_quantize(s: dict[str, Any]) -> Job:
+    from qlab.kernels.hadamard_quantize import api
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(s["rows"], s["k"])), jnp.bfloat16)
+    return Job(
+        "hadamard_quantize",
+        api.spec_of(*x.shape),
+        _with_blocks(api.IMPLS),
+        lambda impl: lambda x: api.hadamard_quantize(x, impl=impl),
+        (x,),
+    )
+
+
+def log2_softmax(s: dict[str, Any]) -> Job:
+    from qlab.kernels.log2_softmax_quantize import api
+
+    c = s["k"] // 2
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(s["heads"], c, c)), jnp.bfloat16)
+    return Job(
+        "log2_softmax_quantize",
+        api.spec_of(*z.shape, bits=4, dtype="bfloat16"),
+        _with_blocks(api.IMPLS),
+        lambda impl: lambda z: api.log2_softmax_quantize(z, bits=4, impl=impl),
+        (z,),
+    )
+
+
+def _with_blocks(impls: tuple[dispatch.Impl, ...]) -> tuple[dispatch.Impl, ...]:
+    """XLA's forms have no blocks; only where a plain rival is timed beside does their time say something."""
+    return tuple(i for i in impls if i.name.startswith("pallas"))
+
+
 def jobs(s: dict[str, Any]) -> list[Callable[[], Job]]:
-    return [lambda m=m, b=b: weight_only(m, b, s) for b in s["bits"] for m in s["tune_m"]]
+    out = [lambda m=m, b=b: weight_only(m, b, s) for b in s["bits"] for m in s["tune_m"]]
+    out += [lambda m=m: int8(m, s) for m in s["m"]]
+    out += [lambda m=m: sparse(m, s) for m in s["m"] if m <= 16]
+    memory = (quantize_pack, hadamard_quantize, log2_softmax)
+    return [*out, *(lambda f=f: f(s) for f in memory)]

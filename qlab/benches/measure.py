@@ -2,7 +2,8 @@
 
 A bench module has a docstring (its first line is shown by --list) and
     METRICS   dict[str, Metric]
-    GOALS     tuple[Claim, ...]     judged over repetitions like a paper's claims over seeds
+    GOALS     tuple[Claim, ...]     judged over repetitions like a paper's claims over seeds; or
+              goals(settings) -> tuple[Claim, ...] where the device decides
     settings(quick) -> dict         every size that decides its numbers; "x64" sets the precision
     measure(settings, tell) -> list[Number]
     summary(numbers) -> str         one line

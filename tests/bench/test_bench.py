@@ -169,8 +169,9 @@ class TestCommand:
             module = __import__(f"qlab.benches.{name}", fromlist=["x"])
             assert module.settings(True) != module.settings(False)
             assert set(module.settings(True)) == set(module.settings(False))
-            named = [*module.GOALS, *module.FIGURES]
-            for item in named:
+            s = module.settings(False)
+            goals = module.goals(s) if hasattr(module, "goals") else module.GOALS
+            for item in (*goals, *module.FIGURES):
                 metric = (item.left[1] if hasattr(item, "left") else item.y).split("/")[-1]
                 assert metric in module.METRICS
 
