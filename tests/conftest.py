@@ -1,4 +1,4 @@
-"""Shared fixtures, and which tests run: of the slow ones all with --slow, else a third that rotates by day;
+"""Shared fixtures, and which tests run: of the slow ones all with --slow, else a sixth that rotates by day;
 of all a rotating Nth with --share N."""
 
 import datetime
@@ -25,15 +25,16 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow") or "slow" in (config.option.markexpr or ""):
-        return
+    all_slow = config.getoption("--slow") or "slow" in (config.option.markexpr or "")
     day = int(os.environ.get("QLAB_TEST_DAY", datetime.date.today().toordinal()))
     share = config.getoption("--share")
     for item in items:
         turn = zlib.crc32(item.nodeid.encode())
         if turn % share != day % share:
             item.add_marker(pytest.mark.skip(reason="another day's turn"))
-        elif "slow" in item.keywords and (config.getoption("--fast") or turn % 3 != day % 3):
+        elif all_slow or "slow" not in item.keywords:
+            continue
+        elif config.getoption("--fast") or turn // share % 6 != day % 6:
             item.add_marker(pytest.mark.skip(reason="slow: another day's turn, or --slow"))
 
 

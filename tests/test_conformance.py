@@ -226,6 +226,7 @@ def test_state_survives_save_and_restore(subject, tmp_path):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paper", registry.names())
 def test_smoke_finishes(paper, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

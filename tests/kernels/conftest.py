@@ -16,15 +16,19 @@ def run(request):
     """
     name = request.param
     native = name in NATIVE.get(jax.default_backend(), ())
+    interpreted = name.startswith("pallas") and not native
 
     def call(op, impls, *args, **options):
         if name not in {i.name for i in impls}:
             pytest.skip(f"no {name} of this operation")
-        interpret = name.startswith("pallas") and not native
         try:
-            return op(*args, **options, impl=name, interpret=interpret)
+            return op(*args, **options, impl=name, interpret=interpreted)
         except NotImplementedError as e:
             pytest.skip(str(e))
 
     call.impl = name
-    return call
+    # The interpreter's programs are large and run once: most of their time would be XLA optimizing them.
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", before or interpreted)
+    yield call
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -175,6 +175,7 @@ class TestStops:
         assert checkpoint.steps(Path("w/big/checkpoints"))
 
 
+@pytest.mark.slow
 def test_seeds_over_two_devices_and_a_checkpoint_from_there_opens_on_one(toy):
     over = {"host_steps": 30, "pause_s": 0.05}
     args = [f"--config.{k}={v}" for k, v in over.items()]
@@ -315,7 +316,9 @@ class TestMistakes:
         assert "resumed at step" in out
         assert numbers("w") == good
 
-    @pytest.mark.parametrize("limit_kb", [1, 4, 12, 40])
+    @pytest.mark.parametrize(
+        "limit_kb", [4, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 12, 40))]
+    )
     def test_a_full_disk(self, toy, limit_kb):
         """A file-size limit makes every write past it fail as a full disk does."""
         code = (

@@ -117,6 +117,7 @@ def test_a_second_signal_leaves_at_once_even_from_compiled_code():
     assert "second signal" in err
 
 
+@pytest.mark.slow
 def test_kills_of_the_toy(toy, monkeypatch):
     text = (
         toy.read_text()

@@ -271,6 +271,7 @@ def test_help_and_list_are_quick_and_import_no_jax(study):
 # --- running them --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_broken_trial_a_rerun_and_python(study):
     words = [
         "--grid",
@@ -334,6 +335,7 @@ def test_a_broken_trial_a_rerun_and_python(study):
     assert {r["scale"] for r in again.rows} == {1.0, 2.0}
 
 
+@pytest.mark.slow
 def test_more_values_in_the_same_folder_keep_the_earlier_trials(study):
     first = qlab.sweep("toy.py", {"steps": (1,)}, workdir="s", arms=["one"], quiet=True)
     more = qlab.sweep("toy.py", {"steps": (1, 2)}, workdir="s", arms=["one"], quiet=True)
@@ -381,6 +383,7 @@ def started(words, arm="one"):
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_killed_stopped_resumed(study):
     folder = str(study / "s")
@@ -439,6 +442,7 @@ def test_a_second_signal_ends_all_at_once(study):
     wait_for(lambda: not processes(folder), 10)
 
 
+@pytest.mark.slow
 def test_explain_runs_and_prints_what_moves_the_number(study):
     done = sweep("--explain", "--seeds", "3", "--jobs", "2", "--workdir", "s")
     assert done.returncode == 0, done.stdout + done.stderr
