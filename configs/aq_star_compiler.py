@@ -42,7 +42,6 @@ def get_config(variant: str = "") -> ConfigDict:
         exact_eps=1e-3,  # of the word targets; different elements of these lengths are further apart
         num_targets=100,
         block=50,
-        instance_seed=2022,
         word_lengths=dict(v_closed=(8, 12), v_free=(8, 12), ht_closed=(8, 12), ht_free=(8, 12), ht2_closed=(1, 6)),
         table_len=dict(v_closed=7, v_free=11, ht_closed=26, ht_free=36, ht2_closed=6),  # of the enumeration
         costs=(),  # of the gates, () = 1 each; for sets of one size
@@ -77,8 +76,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "astar": {"mode": "astar", "heuristic": "h", "net": "h_bootstrap"},
         "uninformed": {"net": "none"},
         "random": {"solver": "random", "net": "none"},
-        "enumeration": {"solver": "enumeration", "net": "none"},
-        "sk": {"solver": "sk", "net": "none"},
+        "enumeration": {"solver": "enumeration", "net": "none", "sets": c.sets[:4]},
+        "sk": {"solver": "sk", "net": "none", "sets": ("ht_closed",)},
     }
     if variant == "smoke":
         c.update(seeds=1, sets=("v_closed",), eps=(), num_targets=20, block=20, train_steps=300)
