@@ -139,8 +139,11 @@ CLAIMS = (
           "<=", ("astar", "v_closed_e0.05/generated"), note="targets not compiled count with the limit"),
 )  # fmt: skip
 FIGURES = (
-    Figure("Targets compiled", "bars", "solved", ylabel="%"),
-    Figure("Length above the optimum", "bars", "cost_gap", ylabel="%"),
+    Figure("Haar targets compiled to 0.05", "bars", "solved", ylabel="%", tasks=tuple(f"{n}_e0.05" for n in ONE)),
+    Figure("Random words found exactly", "bars", "solved", ylabel="%", tasks=tuple(f"{n}_words" for n in (*ONE, "ht2_closed"))),
+    Figure("Length above the optimum, those compiled to 0.05", "bars", "cost_gap", ylabel="%", tasks=tuple(f"{n}_e0.05" for n in ONE)),
+    Figure("States made, mean over targets, eps 0.05", "bars", "generated", ylabel="nodes", logy=True, tasks=tuple(f"{n}_e0.05" for n in ONE),
+           arms=("aqstar", "greedy", "beam", "astar", "uninformed", "random")),
     *(Figure(f"{n}: length against tolerance", "line", f"{n}_cost", f"{n}_at", "log(1 / eps)", "gates") for n in ONE),
     Figure("Training of the nets", "curve", "loss", logy=True),
 )  # fmt: skip

@@ -118,14 +118,17 @@ def random_walks(
     return jax.lax.map(one, (jax.random.split(key, len(starts)), starts))
 
 
-def from_words(found: list[tuple[int, ...] | None], nodes: int) -> SearchResult:
-    """A SearchResult, in NumPy, of words found on the host at unit costs; None where there is none.
+def from_words(found: list[tuple[int, ...] | None], nodes: int, price=None) -> SearchResult:
+    """A SearchResult, in NumPy, of words found on the host; None where there is none.
+
+    price: what each action costs, f32[A]; default 1.
 
     >>> from_words([(1, 0), None], 7).cost.tolist()
     [2.0, inf]
     """
     ok = np.array([w is not None for w in found])
-    cost = np.array([np.inf if w is None else len(w) for w in found], np.float32)
+    of = len if price is None else lambda w: sum(price[a] for a in w)
+    cost = np.array([np.inf if w is None else of(w) for w in found], np.float32)
     path = np.full((len(found), max([1, *(len(w or ()) for w in found)])), -1, np.int32)
     for row, w in zip(path, found, strict=True):
         row[: len(w or ())] = w or ()

@@ -201,6 +201,14 @@ def test_costs_and_their_errors():
         compiler.compiler_problem(e, unitaries.ptm_features, (1.0, 0.0, 1.0))
 
 
+def test_host_solvers_pay_the_same_prices():
+    _, e, _ = setup("ht_closed")
+    p = compiler.compiler_problem(e, unitaries.ptm_features, (0.25, 1.0, 2.0))
+    solve = compiler.host_solver(e, lambda us, eps: ([(0, 1, 0, 2), None], 5))
+    r = solve(p, None, starts_of("ht_closed", np.stack([np.eye(2)] * 2)))
+    assert r.cost.tolist() == [3.5, np.inf]
+
+
 def test_a_wrong_word_is_caught():
     g, e, p = setup("v_closed")
     solve = compiler.host_solver(e, lambda us, eps: ([(0,), None] if eps < 0.01 else [], 5))

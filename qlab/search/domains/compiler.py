@@ -182,7 +182,8 @@ def compiler_domain(
         u = jnp.where(k > 0, u[0], jnp.eye(u.shape[-1]))
         return start_state(e, u, choices[0])
 
-    width = problem.encode(start_state(e, jnp.eye(e.gates.shape[-1]), choices[0])).shape[0]
+    eye = jnp.eye(e.gates.shape[-1])
+    width = jax.eval_shape(lambda: problem.encode(start_state(e, eye, choices[0]))).shape[0]
     return Domain(
         name=name,
         problem=problem,
@@ -255,7 +256,8 @@ def host_solver(
     """
 
     def solve(problem, heuristic, starts, key=None, **options):
-        return from_words(*find(*_targets_of(e, starts)))
+        price = jax.vmap(lambda a: problem.cost(starts[0], a))(jnp.arange(problem.num_actions))
+        return from_words(*find(*_targets_of(e, starts)), np.asarray(price))
 
     return solve
 
