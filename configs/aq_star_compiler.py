@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
         sets=("v_closed", "v_free", "ht_closed", "ht_free", "ht2_closed"),
         eps=(0.2, 0.1, 0.05),
         exact_eps=1e-3,  # of the word targets; different elements of these lengths are further apart
-        num_targets=100,
+        num_targets=50,
         block=50,
         word_lengths=dict(v_closed=(8, 12), v_free=(8, 12), ht_closed=(8, 12), ht_free=(8, 12), ht2_closed=(1, 6)),
         table_len=dict(v_closed=7, v_free=11, ht_closed=26, ht_free=36, ht2_closed=6),  # of the enumeration

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlab.lab import claims
 from qlab.lab.config import base
 from qlab.lab.errors import UserError
 from qlab.quantum import gatesets, unitaries, words
@@ -314,7 +315,7 @@ def test_lengths_are_compared_over_what_both_compiled():
         ({"solver": "bfs"}, "solver='bfs': expected best_first, beam"),
         ({"heuristic": "v"}, "heuristic='v': expected q, h"),
         ({"features": "angles"}, "features='angles': expected ptm, raw"),
-        ({"block": 7, "sets": ("ht_closed",)}, "block=7 does not divide the 100 instances"),
+        ({"block": 7, "sets": ("ht_closed",)}, "block=7 does not divide the 50 instances"),
         ({"solver": "sk", "sets": ("ht2_closed",)}, "no task with the gate set 'ht2_closed'"),
     ],
 )
@@ -347,3 +348,21 @@ def test_metrics_over_what_both_solved():
     assert np.isnan(means).all()
     assert np.isnan(slopes)
     assert share == 0
+
+
+def test_claims_can_fail():
+    """The same miss on every seed FAILS, the same hit HOLDS: fresh targets each time, so no lack of spread."""
+    module, _ = study()
+    for value, verdict in ((40.0, "FAILS"), (100.0, "HOLDS")):
+        rows = []
+        for claim in (c for c in module.CLAIMS if c.left[1].endswith("/solved")):
+            for arm, v in (("aqstar", value), ("uninformed", 35.0)):
+                task = claim.left[1].rpartition("/")[0]
+                rows += [
+                    {"arm": arm, "task": task, "metric": "solved", "seed": s, "value": v}
+                    for s in range(3)
+                ]
+        solved = [v for v in claims.check(module.CLAIMS, rows, {}) if v.n]
+        assert len(solved) == 10
+        assert {v.verdict for v in solved} == {verdict}
+    assert all(c.left[1].rpartition("/")[2] in module.METRICS for c in module.CLAIMS)
