@@ -64,7 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
         widths=(128, 128),
         blocks=0,
         train_steps=1000,
-        train_batch=256,
+        train_batch=128,
         k_max=dict(v_closed=8, v_free=12, ht_closed=24, ht_free=32, ht2_closed=6),
         lr=3e-3,
         lr_decay=0.999,

@@ -49,7 +49,8 @@ def targets(name: str, eps: float, count: int, bits: bytes, lengths: tuple[int, 
     if lengths is None:
         u = np.asarray(unitaries.haar(key, gates.dim, (count,)), np.complex128)
         return u, known_lengths(u, eps, gates, table_of(name, table_len))
-    _, w, _ = compiler.sample_words(e, jax.random.fold_in(key, 1), count, lengths[1], lengths[0])
+    draw = jax.jit(lambda k: compiler.sample_words(e, k, count, lengths[1], lengths[0]))
+    _, w, _ = draw(jax.random.fold_in(key, 1))
     x = np.stack([gatesets.word_element(row[row >= 0], gates) for row in np.asarray(w)])
     half = table_of(name, (lengths[1] + 1) // 2)
     return gatesets.matrix(x), {"optimum": words.shortest_exact(half, gates, x)}

@@ -233,6 +233,17 @@ def test_compiled_circuits_by_pennylane():
         assert abs(np.trace(out.conj().T @ v)) / g.dim > 1 - 1e-6
 
 
+def test_start_states_hold_element_target_and_tolerance():
+    g, e, _ = setup("v_closed")
+    rows = compiler.start_states(e, g.matrices, 0.05)
+    for row, u in zip(rows, g.matrices, strict=True):
+        np.testing.assert_array_equal(row, compiler.start_state(e, u.astype(np.complex64), 0.05))
+        x, v, eps = compiler.split(e, jnp.asarray(row))
+        np.testing.assert_array_equal(x, e.identity)
+        np.testing.assert_array_equal(v, u.astype(np.complex64))
+        assert eps == np.float32(0.05)
+
+
 def test_bad_input_of_a_problem():
     g, e, _ = setup("v_closed")
     for eps in (0.0, -0.1, 1.0, float("nan")):

@@ -215,7 +215,7 @@ def _check_unitary(mats: np.ndarray, what: str) -> None:
 
 
 def start_states(e: Elements, targets: np.ndarray, eps: float) -> np.ndarray:
-    """i32[T, S] of targets c[T, N, N].
+    """i32[T, S]: `start_state` of targets c[T, N, N], on the host.
 
     Raises:
       UserError: eps outside 0 < eps < 1, a target that is not unitary or not of the gates' size.
@@ -227,8 +227,11 @@ def start_states(e: Elements, targets: np.ndarray, eps: float) -> np.ndarray:
             f"{e.gates.shape[1]}], the size of the gates"
         )
     _check_unitary(targets, "target")
-    u = jnp.asarray(targets, jnp.complex64)
-    return np.asarray(jax.vmap(lambda u: start_state(e, u, jnp.float32(eps)))(u))
+    u = np.asarray(targets, np.complex64).reshape(len(targets), -1)
+    parts = [u.real, u.imag, np.full((len(u), 1), eps, np.float32)]
+    words = np.concatenate(parts, 1, dtype=np.float32).view(np.int32)
+    nothing = np.broadcast_to(np.asarray(e.identity, np.int32).ravel(), (len(u), e.identity.size))
+    return np.concatenate([nothing, words], 1)
 
 
 def ones_q(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Array]:
