@@ -188,8 +188,8 @@ def versus(cost: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
     Means over what each solved alone would favour the one that solves only the easy ones.
 
-    >>> versus(np.array([2.0, 4.0, np.nan]), np.array([4.0, 8.0, 100.0]))
-    (0.5, 66.66666666666667)
+    >>> versus(np.array([2.0, 4.0, np.nan, 1.0]), np.array([4.0, 8.0, 100.0, np.nan]))
+    (0.5, 50.0)
     """
     both = np.isfinite(cost) & np.isfinite(other)
     ratio = cost[both].sum() / other[both].sum() if other[both].any() else np.nan
@@ -203,8 +203,8 @@ def growth(cost: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, flo
       (means f64[..., E] over the instances solved everywhere, their least-squares slopes f64[...], and how
       many instances those are in %). nan where there are none.
 
-    >>> growth(np.array([[1.0, 3.0, 5.0], [2.0, 4.0, np.nan]]), np.array([0.0, 0.5]))
-    (array([2., 3.]), array(2.), 66.66666666666667)
+    >>> growth(np.array([[1.0, 5.0], [2.0, np.nan]]), np.array([0.0, 0.5]))
+    (array([1., 2.]), array(2.), 50.0)
     """
     on = np.isfinite(cost).all(tuple(range(cost.ndim - 1)))
     means = cost[..., on].mean(-1) if on.any() else np.full(cost.shape[:-1], np.nan)
