@@ -146,5 +146,5 @@ FIGURES = (
     Figure("States made, mean over targets, eps 0.05", "bars", "generated", ylabel="nodes", logy=True, tasks=tuple(f"{n}_e0.05" for n in ONE),
            arms=("aqstar", "greedy", "beam", "astar", "uninformed", "random")),
     *(Figure(f"{n}: length against tolerance", "line", f"{n}_cost", f"{n}_at", "log(1 / eps)", "gates") for n in ONE),
-    Figure("Training of the nets", "curve", "loss", logy=True),
+    Figure("Training of the nets, one set after another", "curve", "loss", logy=True),
 )  # fmt: skip
