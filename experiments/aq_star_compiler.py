@@ -128,7 +128,7 @@ CLAIMS = (
     *(Claim(f"{n}: length at most 1.2 times the optimum, eps {t:g}", CHECKED, (AQ, f"{n}_e{t:g}/cost_gap"), "<=", 20.0,
             exact=True, note="over those compiled (`solved`); breadth first has 0 % by nature") for n in ONE for t in (0.1, 0.05)),
     *(Claim(f"ht_closed: at most a third of Solovay-Kitaev's length, eps {t:g}", CHECKED, (AQ, f"ht_closed_e{t:g}/vs_sk"),
-            "<=", 1 / 3, note="over the targets both compiled; with_sk says how many") for t in (0.2, 0.1, 0.05)),
+            "<=", 1 / 3, note="over those both compiled (with_sk); see what uninformed has") for t in (0.2, 0.1, 0.05)),
     *(Claim(f"V without inverses: {what} grows at most 1.6 times as fast as with them", CHECKED, (arm, "v_free/slope_ratio"),
             "<=", 1.6, note="counting alone: 1.465; over targets compiled at every eps with both (slope_on)")
       for arm, what in ((AQ, "AQ*'s length"), ("enumeration", "the optimum"))),
@@ -142,9 +142,9 @@ CLAIMS = (
 FIGURES = (
     Figure("Haar targets compiled to 0.05", "bars", "solved", ylabel="%", tasks=tuple(f"{n}_e0.05" for n in ONE)),
     Figure("Random words found exactly", "bars", "solved", ylabel="%", tasks=tuple(f"{n}_words" for n in (*ONE, "ht2_closed"))),
-    Figure("Length above the optimum, those compiled to 0.05", "bars", "cost_gap", ylabel="%", tasks=tuple(f"{n}_e0.05" for n in ONE)),
-    Figure("States made, mean over targets, eps 0.05", "bars", "generated", ylabel="nodes", logy=True, tasks=tuple(f"{n}_e0.05" for n in ONE),
-           arms=("aqstar", "greedy", "beam", "astar", "uninformed", "random")),
-    *(Figure(f"{n}: length against tolerance", "line", f"{n}_cost", f"{n}_at", "log(1 / eps)", "gates") for n in ONE),
+    Figure("Length above the optimum, those compiled to 0.05", "bars", "cost_gap", ylabel="%", tasks=tuple(f"{n}_e0.05" for n in ONE), arms=(AQ, "beam", "astar")),
+    Figure("Length over Solovay-Kitaev's, both compiled", "bars", "vs_sk", ylabel="x", arms=(AQ, "beam", "astar", "uninformed", "enumeration")),
+    Figure("States made, mean over targets, eps 0.05", "bars", "generated", ylabel="nodes", logy=True, tasks=tuple(f"{n}_e0.05" for n in ONE), arms=(AQ, "beam", "astar", "uninformed")),
+    *(Figure(f"{n}: length against tolerance", "line", f"{n}_cost", f"{n}_at", "log(1 / eps)", "gates", arms=(AQ, "astar", "enumeration")) for n in ONE),
     Figure("Training of the nets, one set after another", "curve", "loss", logy=True),
 )  # fmt: skip
