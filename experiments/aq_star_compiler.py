@@ -145,6 +145,6 @@ FIGURES = (
     Figure("Length above the optimum, those compiled to 0.05", "bars", "cost_gap", ylabel="%", tasks=tuple(f"{n}_e0.05" for n in ONE), arms=(AQ, "beam", "astar")),
     Figure("Length over Solovay-Kitaev's, both compiled", "bars", "vs_sk", ylabel="x", arms=(AQ, "beam", "astar", "uninformed", "enumeration")),
     Figure("States made, mean over targets, eps 0.05", "bars", "generated", ylabel="nodes", logy=True, tasks=tuple(f"{n}_e0.05" for n in ONE), arms=(AQ, "beam", "astar", "uninformed")),
-    *(Figure(f"{n}: length against tolerance", "line", f"{n}_cost", f"{n}_at", "log(1 / eps)", "gates", arms=(AQ, "astar", "enumeration")) for n in ONE),
+    *(Figure(f"{n}: length against tolerance, targets compiled at every eps", "line", f"{n}_cost", f"{n}_at", "log(1 / eps)", "gates", arms=(AQ, "astar", "enumeration")) for n in ONE),
     Figure("Training of the nets, one set after another", "curve", "loss", logy=True),
 )  # fmt: skip
