@@ -7,17 +7,25 @@ compilers; near-optimal length; inverse-free sets scale like inverse-closed ones
 A state is the word's exact element and the target, R = W^dagger U what remains; choosing gate g sends R to g^dagger R;
 a goal is d(R, I) < eps, d = sqrt(1 - |Tr R| / N). Costs 1 a gate. AQ* expands edges by w g + Q(R, g) (Q* search).
 Sets: v_closed, v_free: (I + 2i P) / sqrt 5 with and without inverses; ht_closed {H, T, T+}, ht_free {H, T};
-ht2_closed {H, T, T+ on each qubit, both CNOTs}. Targets, the same for all arms and seeds: Haar-random at three
-tolerances; random words of 8 to 12 letters (two qubits: 1 to 6), to be found exactly (eps 1e-3).
+ht2_closed {H, T, T+ on each qubit, both CNOTs}. Targets, drawn anew by each seed and the same for all its arms:
+Haar-random at three tolerances; random words of 8 to 12 letters (two qubits: 1 to 6), to be found exactly (eps 1e-3).
 Nets: two layers of 128 on the Pauli-transfer matrix of R and log eps, one net a set for all tolerances, trained without
 labels: c + min Q_target over all actions of states from random words of up to k_max letters, Adam 3e-3.
 The optimum: exact enumeration of the group by length (Haar), meeting in the middle (words).
 Arms: aqstar; greedy (beam of one); beam (64); astar (value net, trained the same way); uninformed (no net, breadth
 first with exact duplicates removed, the baseline to watch); random (walks); enumeration (all listed elements: the
-optimum and its time); sk (PennyLane's Solovay-Kitaev over {H, T, T+}).
+optimum and its time without making the table); sk (PennyLane's Solovay-Kitaev over {H, T, T+}).
+Lengths are compared over the targets that both sides compiled: vs_sk with Solovay-Kitaev (how many: with_sk),
+cost_gap with the optimum (solved), slope_ratio between two sets (slope_on). Where fewer are compiled, those are
+the easy ones, and both sides of a comparison have the same.
 All searches end at 2000 generated nodes. What that means: an eps-ball holds 1.2 eps^3 of PU(2), 1.5e-4 at 0.05, so
 2000 distinct elements reach about a quarter of the targets without any guidance, and 20,000 nearly all: at a limit
 of 1e5 every arm that removes duplicates would pass. At 0.2 the node limit alone solves everything.
+What fits in ten minutes on two cores, for all arms alike: 50 targets a task and seed, training batches of 128.
+Seen: the V nets find all targets at 0.05 (without a net a quarter to a third), {H, T, T+} two thirds. At 0.05 a
+search without a net keeps below a third of Solovay-Kitaev's length too (on the 15 % that it compiles): those words
+are long, so that claim asks little. At 0.2 not even the optimum does (0.5). The optimum's own slope ratio (1.51) straddles 1.6 with 50 targets a seed, so AQ*'s cannot be
+decided either. Exact words of 8 to 12 V gates with inverses are out of reach of every arm at 2000 nodes.
 """
 
 from ml_collections import ConfigDict
@@ -40,9 +48,8 @@ def get_config(variant: str = "") -> ConfigDict:
         sets=("v_closed", "v_free", "ht_closed", "ht_free", "ht2_closed"),
         eps=(0.2, 0.1, 0.05),
         exact_eps=1e-3,  # of the word targets; different elements of these lengths are further apart
-        num_targets=100,
+        num_targets=50,
         block=50,
-        instance_seed=2022,
         word_lengths=dict(v_closed=(8, 12), v_free=(8, 12), ht_closed=(8, 12), ht_free=(8, 12), ht2_closed=(1, 6)),
         table_len=dict(v_closed=7, v_free=11, ht_closed=26, ht_free=36, ht2_closed=6),  # of the enumeration
         costs=(),  # of the gates, () = 1 each; for sets of one size
@@ -62,7 +69,7 @@ def get_config(variant: str = "") -> ConfigDict:
         widths=(128, 128),
         blocks=0,
         train_steps=1000,
-        train_batch=256,
+        train_batch=128,
         k_max=dict(v_closed=8, v_free=12, ht_closed=24, ht_free=32, ht2_closed=6),
         lr=3e-3,
         lr_decay=0.999,
@@ -77,8 +84,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "astar": {"mode": "astar", "heuristic": "h", "net": "h_bootstrap"},
         "uninformed": {"net": "none"},
         "random": {"solver": "random", "net": "none"},
-        "enumeration": {"solver": "enumeration", "net": "none"},
-        "sk": {"solver": "sk", "net": "none"},
+        "enumeration": {"solver": "enumeration", "net": "none", "sets": c.sets[:4]},
+        "sk": {"solver": "sk", "net": "none", "sets": ("ht_closed",)},
     }
     if variant == "smoke":
         c.update(seeds=1, sets=("v_closed",), eps=(), num_targets=20, block=20, train_steps=300)
@@ -106,9 +113,9 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def sweep():
-    """What the lengths depend on: weight, features, noise, reach of the training words, mode, batch."""
+    """What the lengths depend on: weight, batch, features, noise, reach of the training words, gate prices."""
     one = {"sets": (("v_closed",),)}
-    yield from grid({**one, "w": (0.2, 0.6, 0.8, 1.0), "B": (1, 8, 64), "node_limit": (500, 2000)})
+    yield from grid({**one, "w": (0.4, 0.8, 1.0), "B": (1, 8)})
     yield from grid({**one, "features": ("ptm", "raw"), "noise": (0.0, 0.5)})
-    yield from grid({**one, "k_max.v_closed": (4, 8, 16), "train_steps": (1000, 4000)})
+    yield from grid({**one, "k_max.v_closed": (4, 8)})
     yield from grid({"sets": (("ht_closed",),), "costs": ((), (0.1, 1.0, 1.0))})

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlab.lab.errors import UserError
-from qlab.lab.experiment import Claim, Experiment, Figure, Metric
+from qlab.lab.experiment import Claim, Experiment, Figure
 from qlab.search import nets
-from qlab.search.benchmark import Task, search_benchmark
+from qlab.search.benchmark import METRICS, Instances, Task, search_benchmark
 from qlab.search.domains import domain, exact
 from qlab.search.learning import learner
 
@@ -25,6 +25,9 @@ KNOWN = {
     "heuristic": (*VALUES, "admissible", "exact_h", "exact_q"),
     "net": ("h", "q", "q_taken", "q_bootstrap", "none"),
 }
+
+
+__all__ = ["CLAIMS", "FIGURES", "METRICS", "build"]
 
 
 def make_task(c: Any, name: str, depth: int) -> Task:
@@ -46,18 +49,19 @@ def make_task(c: Any, name: str, depth: int) -> Task:
     optimum = d.optima(c.eval_states) if d.optima else None
     if d.distance:
         optimum = np.asarray(d.distance(jnp.asarray(instances)))
+    fixed_instances = Instances(instances, {} if optimum is None else {"optimum": optimum})
     max_nodes = min(c.max_nodes, d.num_states or c.max_nodes)
     max_rows = 2 * max_nodes
     if c.max_entries:  # a row of OPEN holds one entry, or one an action
         max_rows = min(max_rows, c.max_entries // (1 if c.mode == "astar" else problem.num_actions))
     return Task(
         label=f"{name}_a{d.problem.num_actions}",
-        domain=d,
+        series=name,
+        at=d.problem.num_actions,
         problem=problem,
         learner=learn,
         heuristic=lambda params: fixed or jax.tree_util.Partial(VALUES[c.heuristic], params),
-        instances=instances,
-        optimum=optimum,
+        instances=lambda _: fixed_instances,
         options={
             "mode": c.mode, "weight": c.w, "batch": c.B, "stop": c.stop, "tie": c.tie,
             "node_limit": c.node_limit, "max_nodes": max_nodes, "max_rows": max_rows,
@@ -75,29 +79,10 @@ def build(config: Any) -> Experiment:
         raise UserError(
             f"heuristic={c.heuristic!r} needs a net: set net to h, q, q_taken or q_bootstrap"
         )
-    if c.eval_states % c.block:
-        raise UserError(f"block={c.block} does not divide eval_states={c.eval_states}")
     tasks = [make_task(c, name, depth) for name in c.domain for depth in c.macro_depth]
-    return search_benchmark(tasks, train_steps=c.train_steps, block=c.block)
+    return search_benchmark(tasks, count=c.eval_states, train_steps=c.train_steps, block=c.block)
 
 
-METRICS = {
-    "generated": Metric("nodes", "lower", "states made by next_state, mean over instances"),
-    "net_inputs": Metric("states", "lower", "states given to the heuristic, mean over instances"),
-    "iterations": Metric("", "lower", "batches popped, mean over instances"),
-    "max_open": Metric("entries", "lower", "most entries in OPEN, mean over instances"),
-    "time": Metric("s", "lower", "wall-clock a search, without compilation"),
-    "solved": Metric("%", "higher", "instances solved within the limits"),
-    "cost": Metric("", "lower", "mean cost of the solved instances"),
-    "cost_gap": Metric("%", "lower", "mean cost above the exact optimum, solved instances"),
-    "optimal": Metric("%", "higher", "instances solved at the optimal cost"),
-    "generated_growth": Metric("x", "lower", "generated nodes, most actions over fewest"),
-    "time_growth": Metric("s", "lower", "time ratio, most actions over fewest (unit s: a clock reading)"),
-    **{
-        name: Metric("%", "lower", f"searches that ended as {name}")
-        for name in ("exhausted", "table_full", "queue_full", "node_limit", "bad_heuristic", "path_cut")
-    },
-}  # fmt: skip
 SCALE = "a perfect Q would give A; what is measured here is how well a small net ranks A actions"
 
 
@@ -128,7 +113,7 @@ def _claims(name: str, few: int, most: int) -> tuple[Claim, ...]:
 CLAIMS = _claims("lightsout4", 16, 696) + _claims("puzzle8", 4, 52)
 FIGURES = (
     *(
-        Figure(f"{title}: {what}", "line", f"{name}_{y}", f"{name}_num_actions", "actions", unit, True, True)
+        Figure(f"{title}: {what}", "line", f"{name}_{y}", f"{name}_at", "actions", unit, True, True)
         for name, title in (("lightsout4", "Lights Out"), ("puzzle8", "8-puzzle"))
         for what, y, unit in (("generated nodes", "generated", "nodes"), ("time", "wall", "s a search"))
     ),

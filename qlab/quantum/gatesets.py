@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from qlab.lab.errors import UserError, nearest
@@ -102,6 +103,12 @@ def compose(gates: GateSet, xp: Any = np):
         return canonical(product(x, xp.asarray(times)[a], xp), gates, xp)
 
     return run
+
+
+def arithmetic(gates: GateSet):
+    """What a search over the group takes: (identity, compose, matrix, matrices, inverse, limit), in JAX."""
+    step, mat = compose(gates, jnp), functools.partial(matrix, xp=jnp)
+    return identity(gates), step, mat, gates.matrices, gates.inverse, COEF_LIMIT
 
 
 def adjoint(x):

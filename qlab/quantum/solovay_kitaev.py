@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from qlab.lab.errors import UserError
 from qlab.quantum.gatesets import GateSet, word_matrix
-from qlab.quantum.words import inverse_word, reduced
+from qlab.quantum.words import Enumeration, inverse_word, reduced, shortest_within
 
 Word = tuple[int, ...]
 
@@ -71,7 +72,15 @@ def pennylane_words(u: np.ndarray, eps: float, gates: GateSet) -> Word | None:
     """A word within hs_distance eps of U over {H, T, Tdg} by PennyLane's Solovay-Kitaev, None if there is none.
 
     PennyLane measures an error of its own, so its tolerance goes down from 2 eps until the word fits.
+
+    Raises:
+      UserError: a set without one of these three gates, or on more qubits.
     """
+    if not {"H", "T", "Tdg"} <= set(gates.labels) or gates.num_qubits != 1:
+        raise UserError(
+            f"gate set {gates.name!r}: PennyLane's Solovay-Kitaev compiles one qubit to H, T, Tdg; "
+            "use ht_closed"
+        )
     import pennylane as qml
     from pennylane.ops import sk_decomposition
 
@@ -85,3 +94,17 @@ def pennylane_words(u: np.ndarray, eps: float, gates: GateSet) -> Word | None:
         if 1 - trace / 2 < eps * eps:
             return tuple(word[::-1])
     return None
+
+
+def known_lengths(
+    us: np.ndarray, eps: float, gates: GateSet, table: Enumeration
+) -> dict[str, np.ndarray]:
+    """Lengths f64[T] of words within eps of c128[T, N, N] by other means, nan where they find none.
+
+    "optimum": the shortest, by enumeration. "sk": PennyLane's Solovay-Kitaev, for the set that it takes.
+    """
+    known = {"optimum": shortest_within(table, us, eps)[0]}
+    if gates.name == "ht_closed":
+        found = [pennylane_words(u, eps, gates) for u in us]
+        known["sk"] = np.array([np.nan if w is None else len(w) for w in found])
+    return known

@@ -64,13 +64,13 @@ def raw_features(u: jax.Array) -> jax.Array:
 FEATURES = {"ptm": ptm_features, "raw": raw_features}
 
 
-def haar(key: jax.Array, dim: int) -> jax.Array:
-    """One Haar-random unitary c64[N, N]: QR of a complex Gaussian, with the phases of R's diagonal moved out."""
+def haar(key: jax.Array, dim: int, batch: tuple[int, ...] = ()) -> jax.Array:
+    """Haar-random unitaries c64[*batch, N, N]: QR of a complex Gaussian, with the phases of R's diagonal moved out."""
     k_re, k_im = jax.random.split(key)
-    z = jax.random.normal(k_re, (dim, dim)) + 1j * jax.random.normal(k_im, (dim, dim))
-    q, r = jnp.linalg.qr(z)
-    d = jnp.diagonal(r)
-    return q * (d / jnp.abs(d))[None, :]
+    shape = (*batch, dim, dim)
+    q, r = jnp.linalg.qr(jax.random.normal(k_re, shape) + 1j * jax.random.normal(k_im, shape))
+    d = jnp.diagonal(r, axis1=-2, axis2=-1)
+    return q * (d / jnp.abs(d))[..., None, :]
 
 
 def small_rotation(key: jax.Array, dim: int, size: jax.Array) -> jax.Array:
@@ -85,3 +85,9 @@ def small_rotation(key: jax.Array, dim: int, size: jax.Array) -> jax.Array:
     h *= size * jnp.sqrt(2.0 * dim) / jnp.sqrt(jnp.sum(jnp.abs(h) ** 2))
     eye = jnp.eye(dim)
     return jnp.linalg.solve(eye + 0.5j * h, eye - 0.5j * h)
+
+
+def rotation_within(key: jax.Array, eps: jax.Array, *, dim: int, share: float) -> jax.Array:
+    """A `small_rotation` c64[N, N] of a size uniform in 0..share eps, drawn apart from its direction."""
+    k_size, k_turn = jax.random.split(key)
+    return small_rotation(k_turn, dim, share * eps * jax.random.uniform(k_size))

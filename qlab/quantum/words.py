@@ -121,10 +121,11 @@ def shortest_exact(table: Enumeration, gates: GateSet, targets: np.ndarray) -> n
         # table is deep) are a left part, so no smaller i has one and this i has the best.
         for i, layer in enumerate(layers):
             rest = product(layer, _times(target)[None])
-            for _ in range(
-                i + 1
-            ):  # the adjoint brings at most as many factors as the word has letters
-                rest = canonical(rest, gates)
+            # The adjoint brings at most as many factors as the word has letters, mostly none.
+            for _ in range(i + 1):
+                rest, before = canonical(rest, gates), rest
+                if np.array_equal(rest, before):
+                    break
             found = names(rest)
             at = np.minimum(np.searchsorted(key, found), len(key) - 1)
             hit = key[at] == found

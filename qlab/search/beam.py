@@ -31,13 +31,15 @@ def _result(s, found, cost, path, generated, inputs, iters, limit) -> SearchResu
 
 @functools.partial(jax.jit, static_argnames=("problem", "width", "max_length"))
 def beam(
-    problem: Problem, heuristic, starts: jax.Array, *, width: int, max_length: int, node_limit=2**30
-) -> SearchResult:
+    problem: Problem, heuristic, starts: jax.Array, key: jax.Array | None = None, *, width: int,
+    max_length: int, node_limit=2**30,
+) -> SearchResult:  # fmt: skip
     """Of the B A edges at a depth the best B by g + Q go on; equal children of a level are one.
 
     Ends with the cheapest goal of the first level that has one, as "exhausted" after max_length levels.
-    heuristic: enc f32[E, m] -> Q f32[E, A], the transition cost inside.
+    heuristic: enc f32[E, m] -> Q f32[E, A], the transition cost inside. key: not used.
     """
+    del key
     p, a = problem, problem.num_actions
 
     def level(c):
@@ -80,18 +82,18 @@ def beam(
 
 @functools.partial(jax.jit, static_argnames=("problem", "width", "max_length"))
 def random_walks(
-    problem: Problem, heuristic: Any, starts: jax.Array, *, width: int, max_length: int, node_limit
-) -> SearchResult:
+    problem: Problem, heuristic: Any, starts: jax.Array, key: jax.Array, *, width: int,
+    max_length: int, node_limit,
+) -> SearchResult:  # fmt: skip
     """B walkers with uniform actions, sent back to the start after max_length moves, until one is at a goal.
 
-    The draws are a fixed stream folded with the number of the start; `heuristic` is not used.
+    Every start has a stream of its own from `key`; `heuristic` is not used.
     """
     del heuristic
     p = problem
 
     def one(x):
-        number, start = x
-        key = jax.random.fold_in(jax.random.key(0), number)
+        key, start = x
         here = jnp.broadcast_to(start, (width, *start.shape))
         blank = jnp.full((width, max_length), -1, jnp.int32)
         done = p.is_goal(start)
@@ -113,17 +115,20 @@ def random_walks(
         c = jax.lax.while_loop(lambda c: ~(c[4] < INF) & (c[6] < node_limit), move, c)
         return _result(width, c[4] < INF, c[4], c[5], c[6], jnp.int32(0), c[0], node_limit)
 
-    return jax.lax.map(one, (jnp.arange(len(starts)), starts))
+    return jax.lax.map(one, (jax.random.split(key, len(starts)), starts))
 
 
-def from_words(found: list[tuple[int, ...] | None], nodes: int) -> SearchResult:
-    """A SearchResult, in NumPy, of words found on the host at unit costs; None where there is none.
+def from_words(found: list[tuple[int, ...] | None], nodes: int, price=None) -> SearchResult:
+    """A SearchResult, in NumPy, of words found on the host; None where there is none.
+
+    price: what each action costs, f32[A]; default 1.
 
     >>> from_words([(1, 0), None], 7).cost.tolist()
     [2.0, inf]
     """
     ok = np.array([w is not None for w in found])
-    cost = np.array([np.inf if w is None else len(w) for w in found], np.float32)
+    of = len if price is None else lambda w: sum(price[a] for a in w)
+    cost = np.array([np.inf if w is None else of(w) for w in found], np.float32)
     path = np.full((len(found), max([1, *(len(w or ()) for w in found)])), -1, np.int32)
     for row, w in zip(path, found, strict=True):
         row[: len(w or ())] = w or ()

@@ -1,7 +1,8 @@
-"""Search arms on fixed instances: train a heuristic per task, then count and time the searches.
+"""Search arms on the same instances: train a heuristic per task, then count and time the searches.
 
-A task is one domain at one macro depth. All arms see the same instances, scrambles and keys; the clock
-is read on the host around a compiled block of searches, never around compilation.
+A task is one domain at one macro depth. Instances are drawn from the seed's key, or fixed; all arms of a
+seed see the same ones. The clock is read on the host around a compiled block of searches, never around
+compilation.
 """
 
 from __future__ import annotations
@@ -14,61 +15,111 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlab.lab.experiment import Experiment, Phase
-from qlab.search.domains import Domain
+from qlab.lab.errors import UserError
+from qlab.lab.experiment import Experiment, Metric, Phase
 from qlab.search.driver import search_many
 from qlab.search.learning import Learner
 from qlab.search.problem import SOLVED, STATUS, Problem, SearchResult
 
+MAX_TASKS = 2**20  # keys below belong to the tasks' learners
 COUNTS = ("num_generated", "num_net_inputs", "num_iters", "max_open", "cost", "status")
+METRICS = {
+    "generated": Metric("nodes", "lower", "states made by next_state, mean over instances"),
+    "net_inputs": Metric("states", "lower", "states given to the heuristic, mean over instances"),
+    "iterations": Metric("", "lower", "batches popped, mean over instances"),
+    "max_open": Metric("entries", "lower", "most entries in OPEN, mean over instances"),
+    "time": Metric("s", "lower", "wall-clock a search, without compilation"),
+    "solved": Metric("%", "higher", "instances solved within the limits"),
+    "cost": Metric("", "lower", "mean cost of the solved instances"),
+    "cost_gap": Metric("%", "lower", "mean cost above the exact optimum, solved instances"),
+    "optimal": Metric("%", "higher", "instances solved at the optimal cost"),
+    "generated_growth": Metric("x", "lower", "generated nodes, last of a series over its first"),
+    "time_growth": Metric("s", "lower", "time, last of a series over its first (unit s: a clock reading)"),
+    "slope": Metric("", "lower", "growth of the mean cost along a series, instances solved everywhere"),
+    "slope_ratio": Metric("x", "lower", "slope over that of the other series, instances solved everywhere"),
+    "slope_on": Metric("%", "higher", "instances solved everywhere in both series"),
+    **{s: Metric("%", "lower", f"searches that ended as {s}") for s in STATUS[SOLVED + 1 :]},
+}  # fmt: skip
+
+
+class Instances(NamedTuple):
+    """
+    Attributes:
+      starts: start states [N, ...].
+      known: costs f32[N] of the same instances by other means, nan where they have none. Of "optimum"
+        come cost_gap and optimal; of any other <name>, over the instances both solved, vs_<name> (mean
+        cost over theirs) and with_<name> (how many, in % of all).
+    """
+
+    starts: np.ndarray
+    known: dict[str, np.ndarray]
 
 
 class Task(NamedTuple):
     """
     Attributes:
       label: "puzzle8_a52"; the first name part of the task's results.
-      domain: where it comes from. problem: what is searched; the domain's, or with another encoding.
+      series: name of the tasks it forms one curve with, "" for none; at: its place on that curve.
+      problem: what is searched.
       learner: trains the net; None if the heuristic needs none.
       heuristic: params (None without a learner) -> what `search` takes.
-      instances: start states [N, ...].
-      optimum: f32[N] exact costs, None if unknown.
+      instances: the seed's key -> Instances, the same for all arms.
       options: keyword arguments of `search_many`.
       net: label of the task whose net this one uses; "" for its own.
-      solve: (problem, heuristic, starts, **options) -> SearchResult, in place of `search_many`.
+      solve: (problem, heuristic, starts, key, **options) -> SearchResult, in place of `search_many`.
     """
 
     label: str
-    domain: Domain
+    series: str
+    at: float
     problem: Problem
     learner: Learner | None
     heuristic: Callable[[Any], Any]
-    instances: np.ndarray
-    optimum: np.ndarray | None
+    instances: Callable[[jax.Array], Instances]
     options: dict[str, Any]
     net: str = ""
     solve: Callable[..., SearchResult] = search_many
 
 
-def search_benchmark(tasks: Sequence[Task], *, train_steps: int, block: int) -> Experiment:
+def search_benchmark(
+    tasks: Sequence[Task],
+    *,
+    count: int,
+    train_steps: int,
+    block: int,
+    slopes: Sequence[tuple[str, str]] = (),
+) -> Experiment:
     """One "train" phase per task with a learner, then a host phase that solves block after block.
 
-    State: learn (a LearnState per task), result (counts f32[N] and wall f32[blocks] per task), next.
+    State: learn (a LearnState per task), starts and known (of its Instances), result (counts f32[count]
+    and wall f32[blocks]), key (of searches that draw), next.
+
+    Args:
+      count: instances of every task. block: how many are searched and timed together.
+      slopes: pairs of series with the same instances whose growth of cost is compared.
+    Raises:
+      UserError: block does not divide count.
     """
-    for t in tasks:
-        if len(t.instances) % block:
-            raise ValueError(f"block={block} does not divide the {len(t.instances)} instances")
-    blocks = [(t, i) for t in tasks for i in range(0, len(t.instances), block)]
+    if count % block:
+        raise UserError(f"block={block} does not divide the {count} instances; take a divisor")
+    blocks = [(t, i) for t in tasks for i in range(0, count, block)]
     warm: set[str] = set()  # compiled in this process; not a part of the state
 
     def init(key: jax.Array) -> dict[str, Any]:
-        learn, result = {}, {}
+        k_instances, k_search = jax.random.split(jax.random.fold_in(key, MAX_TASKS), 2)
+        learn, starts, known, result = {}, {}, {}, {}
         for i, t in enumerate(tasks):
-            n = len(t.instances)
             if t.learner is not None:
                 learn[t.label] = jax.jit(t.learner.init)(jax.random.fold_in(key, i))
-            result[t.label] = {name: jnp.zeros(n) for name in COUNTS}
-            result[t.label]["wall"] = jnp.zeros(n // block)
-        return {"learn": learn, "result": result, "next": jnp.int32(0)}
+            drawn = t.instances(k_instances)
+            starts[t.label] = jnp.asarray(drawn.starts)
+            known[t.label] = {k: jnp.asarray(v, jnp.float32) for k, v in drawn.known.items()}
+            result[t.label] = {name: jnp.zeros(count) for name in COUNTS}
+            result[t.label]["wall"] = jnp.zeros(count // block)
+        return {
+            "learn": learn, "starts": starts, "known": known, "result": result,
+            "key": k_search, "next": jnp.int32(0),
+        }  # fmt: skip
 
     def train(label: str, learner: Learner):
         def step(state):
@@ -82,11 +133,12 @@ def search_benchmark(tasks: Sequence[Task], *, train_steps: int, block: int) -> 
         task, first = blocks[at]
         learned = state["learn"].get(task.net or task.label)
         heuristic = task.heuristic(None if learned is None else learned.params)
-        starts = jnp.asarray(task.instances[first : first + block])
+        starts = state["starts"][task.label][first : first + block]
+        key = jax.random.fold_in(state["key"], at)
 
         def run(**options):
             return jax.block_until_ready(
-                task.solve(task.problem, heuristic, starts, **{**task.options, **options})
+                task.solve(task.problem, heuristic, starts, key, **{**task.options, **options})
             )
 
         if task.label not in warm:
@@ -118,22 +170,62 @@ def search_benchmark(tasks: Sequence[Task], *, train_steps: int, block: int) -> 
     phases.append(Phase("search", len(blocks), search_step, loop="host"))
     return Experiment(
         init=init,
-        evaluate=lambda state: summary(tasks, state["result"]),
+        evaluate=lambda state: summary(tasks, state, slopes),
         phases=tuple(phases),
         jittable=False,
     )
 
 
-def summary(tasks: Sequence[Task], result: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Means per task; per domain, growth from its first to its last task and arrays over actions.
+def costs(state: dict[str, Any], label: str) -> np.ndarray:
+    """f64[N]: costs of a task's instances, nan where the search found nothing."""
+    r = state["result"][label]
+    solved = np.asarray(r["status"]) == SOLVED
+    return np.where(solved, np.asarray(r["cost"], np.float64), np.nan)
 
-    Means of counts and times are over all instances, those of costs over the solved ones.
+
+def versus(cost: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """(mean cost over mean other, % of instances) over the instances that both solved.
+
+    Means over what each solved alone would favour the one that solves only the easy ones.
+
+    >>> versus(np.array([2.0, 4.0, np.nan, 1.0]), np.array([4.0, 8.0, 100.0, np.nan]))
+    (0.5, 50.0)
+    """
+    both = np.isfinite(cost) & np.isfinite(other)
+    ratio = cost[both].sum() / other[both].sum() if other[both].any() else np.nan
+    return float(ratio), float(100 * both.mean())
+
+
+def growth(cost: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """How costs f64[..., E, N] of N instances at E places x f64[E] of one or several series grow.
+
+    Returns:
+      (means f64[..., E] over the instances solved everywhere, their least-squares slopes f64[...], and how
+      many instances those are in %). nan where there are none.
+
+    >>> growth(np.array([[1.0, 5.0], [2.0, np.nan]]), np.array([0.0, 0.5]))
+    (array([1., 2.]), array(2.), 50.0)
+    """
+    on = np.isfinite(cost).all(tuple(range(cost.ndim - 1)))
+    means = cost[..., on].mean(-1) if on.any() else np.full(cost.shape[:-1], np.nan)
+    centred = x - x.mean()
+    return means, np.asarray(means @ centred / (centred @ centred)), float(100 * on.mean())
+
+
+def summary(
+    tasks: Sequence[Task], state: dict[str, Any], slopes: Sequence[tuple[str, str]] = ()
+) -> dict[str, np.ndarray]:
+    """Means per task; per series, growth from its first to its last task and arrays over its places.
+
+    Means of counts and times are over all instances, those of costs over the solved ones, of a series' costs
+    over those solved in all its tasks.
     """
     out: dict[str, Any] = {}
-    rows: dict[str, list[tuple[int, float, float]]] = {}
+    rows: dict[str, list[tuple[float, float, float, np.ndarray]]] = {}
     for t in tasks:
-        r = {k: np.asarray(v, np.float64) for k, v in result[t.label].items()}
-        solved = r["status"] == SOLVED
+        r = {k: np.asarray(v, np.float64) for k, v in state["result"][t.label].items()}
+        cost = costs(state, t.label)
+        solved = np.isfinite(cost)
         scalars = {
             "generated": r["num_generated"].mean(),
             "net_inputs": r["num_net_inputs"].mean(),
@@ -141,24 +233,37 @@ def summary(tasks: Sequence[Task], result: dict[str, Any]) -> dict[str, np.ndarr
             "max_open": r["max_open"].mean(),
             "time": r["wall"].mean(),
             "solved": 100 * solved.mean(),
-            "cost": r["cost"][solved].mean() if solved.any() else np.nan,
+            "cost": cost[solved].mean() if solved.any() else np.nan,
         }
-        if t.optimum is not None:
-            ratio = r["cost"][solved] / t.optimum[solved]
-            scalars["cost_gap"] = 100 * (ratio.mean() - 1) if solved.any() else np.nan
-            scalars["optimal"] = 100 * (ratio == 1).sum() / len(solved)
+        for name, known in state["known"][t.label].items():
+            known = np.asarray(known, np.float64)
+            if name != "optimum":
+                scalars[f"vs_{name}"], scalars[f"with_{name}"] = versus(cost, known)
+                continue
+            both = solved & (known > 0)  # at 0 there is nothing to find
+            ratio = cost[both] / known[both]
+            scalars["cost_gap"] = 100 * (ratio.mean() - 1) if both.any() else np.nan
+            scalars["optimal"] = 100 * (cost == known).mean()
         for code in range(SOLVED + 1, len(STATUS)):
             if (r["status"] == code).any():
                 scalars[STATUS[code]] = 100 * (r["status"] == code).mean()
         out |= {f"{t.label}/{k}": v for k, v in scalars.items()}
-        row = (t.problem.num_actions, scalars["generated"], scalars["time"])
-        rows.setdefault(t.domain.name, []).append(row)
-    for name, values in rows.items():
-        actions, generated, seconds = np.asarray(values).T
-        out[f"{name}_num_actions"] = actions
-        out[f"{name}_generated"] = generated
-        out[f"{name}_wall"] = seconds
-        if len(values) > 1:
-            out[f"{name}/generated_growth"] = generated[-1] / generated[0]
+        if t.series:
+            rows.setdefault(t.series, []).append(
+                (t.at, scalars["generated"], scalars["time"], cost)
+            )
+    series = {name: [np.asarray(v) for v in zip(*r, strict=True)] for name, r in rows.items()}
+    for name, (at, generated, seconds, cost) in series.items():
+        out |= {f"{name}_at": at, f"{name}_generated": generated, f"{name}_wall": seconds}
+        if len(at) > 1:
+            out[f"{name}_cost"] = growth(cost, at)[0]
+            with np.errstate(divide="ignore", invalid="ignore"):  # solvers that make no states
+                out[f"{name}/generated_growth"] = generated[-1] / generated[0]
             out[f"{name}/time_growth"] = seconds[-1] / seconds[0]
+    for a, b in slopes:
+        if a in series and b in series and len(at := series[a][0]) > 1:
+            _, slope, share = growth(np.stack([series[a][3], series[b][3]]), at)
+            out |= {f"{a}/slope": slope[0], f"{b}/slope": slope[1]}
+            with np.errstate(divide="ignore", invalid="ignore"):
+                out |= {f"{a}/slope_ratio": slope[0] / slope[1], f"{a}/slope_on": share}
     return {k: np.asarray(v, np.float32) for k, v in out.items()}

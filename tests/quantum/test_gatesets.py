@@ -53,7 +53,7 @@ def test_features_do_not_see_the_phase(dim):
 
 @pytest.mark.slow
 def test_haar_moments_and_small_rotations():
-    u = np.asarray(jax.vmap(lambda k: unitaries.haar(k, 2))(jax.random.split(jax.random.key(0), 20_000)))  # fmt: skip
+    u = np.asarray(unitaries.haar(jax.random.key(0), 2, (20_000,)))
     np.testing.assert_allclose(u @ u.conj().transpose(0, 2, 1), np.eye(2)[None] + 0 * u, atol=1e-5)
     trace = np.abs(np.trace(u, axis1=1, axis2=2))
     assert abs((trace**2).mean() - 1) < 0.04
@@ -222,3 +222,5 @@ def test_pennylane_baseline_fits():
         word = pennylane_words(u, 0.1, g)
         assert word is not None
         assert words.word_distance(word, g, u) < 0.1
+    with pytest.raises(UserError, match=r"'v_closed'.*use ht_closed"):
+        pennylane_words(u, 0.1, gate_set("v_closed"))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlab.lab.errors import UserError
 from qlab.search.beam import from_words
 from qlab.search.domains import Domain
 from qlab.search.problem import Problem, SearchResult
@@ -91,12 +92,13 @@ def compiler_problem(
       features: c64[N, N] -> f32[m]; the encoding is features(R) and log10(eps) / 2.
       costs: one for each gate, e.g. 1 for T and 0.1 for the others; default 1.
     Raises:
-      ValueError: costs of another number, or one that is not positive.
+      UserError: costs of another number or not positive, or a gate that is not unitary.
     """
+    _check_unitary(e.gates, "gate")
     a = len(e.gates)
     price = np.ones(a, np.float32) if costs is None else np.asarray(costs, np.float32)
     if price.shape != (a,) or not (price > 0).all():
-        raise ValueError(f"costs={costs}: expected {a} positive numbers, one for each gate")
+        raise UserError(f"costs={costs}: expected {a} positive numbers, one for each gate")
     m = e.identity.size
 
     def next_state(s, action):
@@ -159,7 +161,12 @@ def compiler_domain(
 
     Training states: products of random words, eps one of `eps`; every one has a solution of at most so many
     gates. noise: (key, eps) -> c64[N, N], a unitary within eps of the identity that multiplies the product.
+
+    Raises:
+      UserError: an eps outside 0 < eps < 1.
     """
+    for t in eps:
+        _check_eps(t)
     choices = jnp.asarray(eps, jnp.float32)
 
     def scrambles(key, n, k_max):
@@ -175,7 +182,8 @@ def compiler_domain(
         u = jnp.where(k > 0, u[0], jnp.eye(u.shape[-1]))
         return start_state(e, u, choices[0])
 
-    width = problem.encode(start_state(e, jnp.eye(e.gates.shape[-1]), choices[0])).shape[0]
+    eye = jnp.eye(e.gates.shape[-1])
+    width = jax.eval_shape(lambda: problem.encode(start_state(e, eye, choices[0]))).shape[0]
     return Domain(
         name=name,
         problem=problem,
@@ -189,10 +197,41 @@ def compiler_domain(
     )
 
 
+def _check_eps(eps: float) -> None:
+    if not 0 < eps < 1:
+        raise UserError(f"eps={eps}: expected 0 < eps < 1, the distance to compile to, e.g. 0.05")
+
+
+def _check_unitary(mats: np.ndarray, what: str) -> None:
+    mats = np.asarray(mats)
+    gap = mats @ mats.conj().swapaxes(-1, -2) - np.eye(mats.shape[-1])
+    off = np.abs(gap).max((-2, -1))
+    if not (off < 1e-4).all():  # nan is not
+        i = int(np.argmax(~(off < 1e-4)))
+        raise UserError(
+            f"{what} {i} of {len(mats)} is not unitary: |{what} {what}^dagger - I| is {off[i]:.2g}; "
+            "take the nearest unitary, or divide it by its norm"
+        )
+
+
 def start_states(e: Elements, targets: np.ndarray, eps: float) -> np.ndarray:
-    """i32[T, S] of targets c[T, N, N]."""
-    u = jnp.asarray(targets, jnp.complex64)
-    return np.asarray(jax.vmap(lambda u: start_state(e, u, jnp.float32(eps)))(u))
+    """i32[T, S]: `start_state` of targets c[T, N, N], on the host.
+
+    Raises:
+      UserError: eps outside 0 < eps < 1, a target that is not unitary or not of the gates' size.
+    """
+    _check_eps(eps)
+    if np.shape(targets)[1:] != e.gates.shape[1:]:
+        raise UserError(
+            f"targets of shape {list(np.shape(targets))}: expected [T, {e.gates.shape[1]}, "
+            f"{e.gates.shape[1]}], the size of the gates"
+        )
+    _check_unitary(targets, "target")
+    u = np.asarray(targets, np.complex64).reshape(len(targets), -1)
+    parts = [u.real, u.imag, np.full((len(u), 1), eps, np.float32)]
+    words = np.concatenate(parts, 1, dtype=np.float32).view(np.int32)
+    nothing = np.broadcast_to(np.asarray(e.identity, np.int32).ravel(), (len(u), e.identity.size))
+    return np.concatenate([nothing, words], 1)
 
 
 def ones_q(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -203,40 +242,41 @@ def ones_q(problem: Problem) -> Callable[[jax.Array, jax.Array], jax.Array]:
 Solve = Callable[..., SearchResult]
 
 
-def _targets_of(e: Elements, starts) -> np.ndarray:
-    """c128[T, N, N]: the targets that start states i32[T, S] hold, on the host."""
+def _targets_of(e: Elements, starts) -> tuple[np.ndarray, float]:
+    """(c128[T, N, N], eps): what start states i32[T, S] of one eps hold, on the host."""
     m, n = e.identity.size, e.gates.shape[-1]
-    f = np.asarray(starts)[:, m:-1].view(np.float32).astype(np.float64)
-    return (f[:, : n * n] + 1j * f[:, n * n :]).reshape(-1, n, n)
+    f = np.ascontiguousarray(np.asarray(starts)[:, m:]).view(np.float32).astype(np.float64)
+    u = f[:, : n * n] + 1j * f[:, n * n : -1]
+    return u.reshape(-1, n, n), float(f[0, -1])
 
 
 def host_solver(
-    e: Elements, find: Callable[[np.ndarray], tuple[list[tuple[int, ...] | None], int]]
+    e: Elements, find: Callable[[np.ndarray, float], tuple[list[tuple[int, ...] | None], int]]
 ) -> Solve:
     """A solver in the place of `search_many` from one on the host.
 
-    find: targets c128[T, N, N] -> (a word each, or None; how many elements it looked at).
+    find: (targets c128[T, N, N], eps) -> (a word each, or None; how many elements it looked at).
     """
 
-    def solve(problem, heuristic, starts, **options):
-        return from_words(*find(_targets_of(e, starts)))
+    def solve(problem, heuristic, starts, key=None, **options):
+        price = jax.vmap(lambda a: problem.cost(starts[0], a))(jnp.arange(problem.num_actions))
+        return from_words(*find(*_targets_of(e, starts)), np.asarray(price))
 
     return solve
 
 
 def bounded(run: Solve, width: int, max_length: int) -> Solve:
     """`beam` or `random_walks` in the place of `search_many`, whose other options they do not have."""
+    size = {"width": width, "max_length": max_length}
 
-    def solve(problem, heuristic, starts, *, node_limit, **_):
-        return run(
-            problem, heuristic, starts, width=width, max_length=max_length, node_limit=node_limit
-        )
+    def solve(problem, heuristic, starts, key=None, *, node_limit, **_):
+        return run(problem, heuristic, starts, key, **size, node_limit=node_limit)
 
     return solve
 
 
 def verified(
-    solve: Solve, e: Elements, distance: Callable[[np.ndarray, np.ndarray], float], eps: float
+    solve: Solve, e: Elements, distance: Callable[[np.ndarray, np.ndarray], float]
 ) -> Solve:
     """`solve`, whose words are multiplied out again: distance(word, U) must be below eps.
 
@@ -244,9 +284,9 @@ def verified(
       RuntimeError: a word is not within eps (up to float32 of U): the search or the solver is wrong.
     """
 
-    def run(problem, heuristic, starts, **options):
-        r = solve(problem, heuristic, starts, **options)
-        paths, targets = np.asarray(r.path), _targets_of(e, starts)
+    def run(problem, heuristic, starts, key=None, **options):
+        r = solve(problem, heuristic, starts, key, **options)
+        paths, (targets, eps) = np.asarray(r.path), _targets_of(e, starts)
         for i in np.flatnonzero(np.asarray(r.solved)):
             word = paths[i][paths[i] >= 0]
             if not (d := distance(word, targets[i])) < eps * 1.001 + 1e-6:
