@@ -102,6 +102,7 @@ def _check(
     fields: dict[str, Any] = {name: given.get(name) for name in Claim._fields}
     try:
         record = _parse(fields)
+        fields = record._asdict()
         return _compare(record, cells, manifest, share)
     except _Undecided as why:
         return Verdict(**fields, verdict="INCONCLUSIVE", reason=str(why), method="none")

@@ -57,7 +57,9 @@ def quantize_matrix(
       method: "rtn", "gptq", "adaround", "adaquant", "flexround" or "lrq".
       bits: 1 to 8. granularity: "tensor", "channel" or "group:g".
       symmetric: without zero point. calibration: of the grid, "searched" or "minmax".
-      num_iters, learning_rate: of Adam with cosine decay, for the learned methods.
+      num_iters, learning_rate: of Adam with cosine decay, for the learned methods. On inputs without
+        correlation, where little is to be gained, 3e-2 at 4 bits can end a few percent above rounding to
+        nearest: `verbose` shows it, and 3e-4 ends below.
       key: order of the minibatches; None: key(0). verbose: print the layer error in a line.
 
     >>> w = jax.random.normal(jax.random.key(0), (8, 16))

@@ -223,6 +223,8 @@ def test_what_was_not_measured():
     v = verdict(other, manifest=manifest)
     assert (v.verdict, v.n) == ("INCONCLUSIVE", 0)
     assert "not measured in this variant" in v.reason
+    (v,) = claims.check([Claim("t", "", ("gone", "acc"), ">=", 90.0)], rows, {})
+    assert (v.op, v.right, v.margin) == (">=", 0.0, 90.0)  # shown as the number that was claimed
 
 
 def test_ratio_refuses_what_has_no_logarithm():
