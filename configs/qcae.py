@@ -35,7 +35,7 @@ from ml_collections import ConfigDict
 
 from qlab.lab.config import base, grid
 
-VARIANTS = ("", "smoke", "grid", "ablation", "mnist", "full")
+VARIANTS = ("", "smoke", "matched", "grid", "ablation", "mnist", "full")
 
 CONVENTIONS = {
     "noise_mode": ("fresh",),  # new noise every epoch
@@ -48,7 +48,7 @@ CONVENTIONS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = base(experiment="qcae", seeds=3)
+    c = base(experiment="qcae", seeds=5)
     # images and noise
     c.dataset = "digits"  # digits, mnist, fashion_mnist
     c.num_train = 0  # at most; 0 = all
@@ -99,15 +99,22 @@ def get_config(variant: str = "") -> ConfigDict:
         "ry_cz": dict(latent="ry_cz", lr=1e-2),
         "strong": dict(latent="strong", lr=1e-2),
         "iqp": dict(latent="iqp", lr=3e-3),
-        "basic_m": dict(latent="basic", match="params", lr=3e-3),
-        "ry_cz_m": dict(latent="ry_cz", match="params", lr=1e-2),
-        "strong_m": dict(latent="strong", match="params", lr=1e-2),
-        "iqp_m": dict(latent="iqp", match="params", lr=3e-3),
     }
     if variant == "smoke":
         c.update(seeds=1, num_train=300, epochs=3, cells=("n4_p1",))
         for arm in set(c.arms) - {"ridge", "linear", "tanh", "qaoa"}:
             del c.arms[arm]
+    if (
+        variant == "matched"
+    ):  # each rival as deep as it has QAOA's number of parameters, one angle a layer
+        c.arms = {
+            "linear": dict(c.arms["linear"]),
+            "qaoa": dict(c.arms["qaoa"]),
+            "basic_m": dict(latent="basic", match="params", lr=3e-3),
+            "ry_cz_m": dict(latent="ry_cz", match="params", lr=1e-2),
+            "strong_m": dict(latent="strong", match="params", lr=1e-2),
+            "iqp_m": dict(latent="iqp", match="params", lr=3e-3),
+        }
     if variant == "grid":  # every width with every depth
         c.cells = tuple(f"n{n}_p{p}" for n in (4, 6, 8) for p in (1, 2, 3))
     if variant == "ablation":
