@@ -39,7 +39,7 @@ def finite_difference(f, x, h=1e-5):
     return rebuild(np.array(g))
 
 
-FAST = [("qaoa_tied", 0.0), ("iqp", 0.0), ("qaoa_tied", 0.02)]
+FAST = [("qaoa_tied", 0.0), ("iqp", 0.0)]
 CASES = [(name, depol) for name in circuits.CIRCUITS for depol in (0.0, 0.02)]
 
 

@@ -157,21 +157,20 @@ def test_against_dense_matrices(name, n, p):
 
 
 def test_the_norm_is_one_after_every_column():
-    """Property 6; strong has every kind of column but zz and h, iqp those."""
-    for name in ("strong", "iqp"):
-        c = circuits.circuit(name, 3, 1)
-        phi = np.linspace(-1.0, 2.0, col.num_gates(c.columns))
-        for k in range(1, len(c.columns) + 1):
-            part = c.columns[:k]
-            psi = state(part, 3, phi[: col.num_gates(part)])
-            assert float(np.linalg.norm(psi)) == pytest.approx(1, abs=1e-12)
+    """Property 6."""
+    c = circuits.circuit("strong", 3, 1)
+    phi = np.linspace(-1.0, 2.0, col.num_gates(c.columns))
+    for k in range(1, len(c.columns) + 1):
+        part = c.columns[:k]
+        psi = state(part, 3, phi[: col.num_gates(part)])
+        assert float(np.linalg.norm(psi)) == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("name", "tied"),
     some_slow(
         itertools.product(NAMES, (False, True)),
-        [("qaoa_tied", True), ("qaoa_embed", False), ("strong", False)],
+        [("qaoa_tied", True), ("strong", False)],
     ),
 )
 def test_against_pennylane(name, tied):

@@ -11,7 +11,6 @@ from qlab.lab import config as configs
 from qlab.lab.errors import UserError
 
 CELLS = ("n2_p1", "n2_p2")
-ONE = ("n2_p1",)
 
 
 def tiny(variant="", **values):
@@ -41,18 +40,15 @@ def x32():
 
 
 EVERY = [(v, a) for v in ("", "matched", "ablation") for a in paper.get_config(v).arms]
-FEW = ("tv",)  # nets run from end to end in the smoke study of test_conformance.py
 
 
-@pytest.mark.parametrize(
-    ("variant", "arm"),
-    [pytest.param(v, a, marks=() if a in FEW else pytest.mark.slow) for v, a in EVERY],
-)
+@pytest.mark.slow  # the smoke study of test_conformance.py runs nets and a linear map from end to end
+@pytest.mark.parametrize(("variant", "arm"), EVERY)
 def test_every_arm_runs_and_reports_the_same_names(variant, arm):
-    c = tiny(variant, cells=ONE if arm in FEW else CELLS)
+    c = tiny(variant)
     _, out = run(c, arm, steps=1)
     cells = configs.arm_config(c, arm).cells  # an arm of the ablation may have its own
-    assert tuple(cells) in (ONE, CELLS) or "cells" in c.arms[arm]
+    assert tuple(cells) == CELLS or "cells" in c.arms[arm]
     names = {"mse", "psnr", "ssim", "train_mse", "latent_params"}
     assert {f"{cell}/{m}" for cell in (*cells, "mean") for m in names} <= set(out)
     assert {k.split("/")[-1] for k in out} <= set(qcae.METRICS)
@@ -77,7 +73,7 @@ def test_claims_and_figures_name_what_the_standard_study_measures():
 
 def test_what_arms_share_and_what_seeds_vary():
     """Noise, order, and how encoder and decoder start, whatever the latent is; a filter has that noise too."""
-    c = tiny(cells=ONE)
+    c = tiny(cells=("n2_p1",))
     key = jax.random.key(3)
     build = {a: qcae.build(configs.arm_config(c, a)) for a in ("linear", "qaoa", "tv")}
     linear, qaoa, other = jax.jit(
