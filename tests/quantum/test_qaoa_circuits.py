@@ -127,10 +127,23 @@ def test_maxcut_energy_against_the_closed_form(edges):
 def test_maxcut_on_the_ring_of_four():
     """Three quarters of the cut at p = 1 and no more (grid of the plane); all of it at p = 2."""
     ring = qaoa.graph("ring", 4)
-    energy = jax.jit(jax.vmap(lambda g, b: qaoa.qaoa_maxcut_energy(g[None], b[None], ring, 4)))
-    angles = jnp.linspace(0, jnp.pi, 65)
-    g, b = (m.reshape(-1) for m in jnp.meshgrid(angles, angles))
-    assert float(energy(g, b).max()) == pytest.approx(3.0, abs=1e-9)
+
+    @jax.jit
+    def energy(angles):  # f[2, p, N]
+        return jax.vmap(lambda g, b: qaoa.qaoa_maxcut_energy(g, b, ring, 4), 1)(*angles)
+
+    angles = np.linspace(0, np.pi, 65)
+    plane = np.stack([m.reshape(1, -1) for m in np.meshgrid(angles, angles)])
+    assert float(energy(plane).max()) == pytest.approx(3.0, abs=1e-9)
+    point = np.array([np.pi / 4, np.pi / 8]).reshape(2, 1, 1)
+    assert float(energy(point)[0]) == pytest.approx(3.0, abs=1e-12)
+
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, np.pi, (2, 2, 64))
+    climb = jax.jit(lambda x: x + 0.05 * jax.grad(lambda y: energy(y).sum())(x))
+    for _ in range(300):
+        x = climb(x)
+    assert float(energy(x).max()) == pytest.approx(4.0, abs=1e-6)
 
 
 def some_slow(cases, fast):
