@@ -1,6 +1,7 @@
 """The autoencoder against lax convolutions, and its training: noise streams, order, learning."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -116,8 +117,10 @@ def test_noise_belongs_to_the_image():
     whole, pick = np.asarray(train(KEY, every, 0)), np.roll(every[::-1], 5)
     np.testing.assert_array_equal(train(KEY, pick, 0), whole[pick])
     test = np.asarray(jax.jit(lambda: dn.noisy_images(KEY, "test", X, every, 0.3))())
-    for other in (test, train(jax.random.key(1), every, 0), train(KEY, every, 1)):
-        assert np.abs(other - whole).mean() > 0.05
+    later = [np.asarray(train(KEY, every, epoch)) for epoch in range(1, 7)]
+    draws = [whole, test, np.asarray(train(jax.random.key(1), every, 0)), *later]
+    for one, other in itertools.combinations(draws, 2):
+        assert np.abs(one - other).mean() > 0.05
     raw = (whole - np.asarray(X))[(whole > 0) & (whole < 1)]
     assert 0.2 < float(raw.std()) < 0.3  # clipped away at both ends
 
