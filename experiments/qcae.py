@@ -56,7 +56,7 @@ CLAIMS = (
 FIGURES = (
     Figure("SSIM by width n and depth p", "bars", "ssim"),
     Figure("Test error by width n and depth p", "bars", "mse", logy=True),
-    Figure("Training loss, cell after cell", "curve", "loss", logy=True,
+    Figure("Training loss, mean of the cells", "curve", "loss", logy=True,
            arms=(_Q, "linear", "tanh", "mlp", "cosine", "frozen", "unet")),
 )  # fmt: skip
 
