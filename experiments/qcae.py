@@ -1,13 +1,12 @@
 """A denoising autoencoder with a QAOA latent layer against classical latents, other circuits and plain filters.
 
 Arms differ in the layer between one encoder and one decoder, or train no net at all. All see the same noisy images.
-Cells "n4_p2" are latent width and circuit depth; a latent without depth is trained once a width and its numbers stand
-in every cell of that width. Task "mean" is the mean over the cells.
+Cells "n4_p2" are latent width and circuit depth, trained side by side; a latent without depth is trained once a width
+and its numbers stand in every cell of that width. Task "mean" is the mean over the cells.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any
 
@@ -57,7 +56,7 @@ CLAIMS = (
 FIGURES = (
     Figure("SSIM by width n and depth p", "bars", "ssim"),
     Figure("Test error by width n and depth p", "bars", "mse", logy=True),
-    Figure("Training loss, cell after cell", "curve", "loss", logy=True,
+    Figure("Training loss, mean of the cells", "curve", "loss", logy=True,
            arms=(_Q, "linear", "tanh", "mlp", "cosine", "frozen", "unet")),
 )  # fmt: skip
 
@@ -107,12 +106,7 @@ def build(c: Any) -> Experiment:
         return {k: v.mean() for k, v in test.items()} | {
             "train_mse": train["mse"].mean(),
             "latent_params": jnp.float32(num_params),
-            "ssim_of_images": test["ssim"],
         }
-
-    def report(results):
-        out = denoising.over_cells(cells, results)
-        return {k: v for k, v in out.items() if v.ndim == 0 or k.startswith("mean/")}
 
     if c.method != "net":
 
@@ -121,28 +115,21 @@ def build(c: Any) -> Experiment:
             for net, (n, _) in size_of.items():
                 out = denoising.evaluate_classical(c.method, n, k_noise, parts, c.split, c.sigma)
                 results[net] = summary(out[c.split], out["train"], 0)
-            return report(results)
+            return denoising.over_cells(cells, results)
 
         return Experiment(lambda key: denoising.seed_keys(key)[0], evaluate_host, jittable=False)
 
     nets = {net: make_net(c, parts["train"].shape[1], *size) for net, size in size_of.items()}
     options = {k: c[k] for k in ("sigma", "epochs", "batch", "lr", "noise_mode", "loss")}
-    runs = {name: denoising.training(net, parts["train"], **options) for name, net in nets.items()}
-
-    def init(key):
-        return {name: run.init(key) for name, run in runs.items()}
-
-    def step(name, state):
-        new, metrics = runs[name].step(state[name])
-        return {**state, name: new}, metrics
+    run = denoising.training(nets, parts["train"], **options)
 
     def evaluate(state):
-        results = {}
-        for name, net in nets.items():
-            judged = {part: parts[part] for part in (c.split, "train")}
-            out = denoising.evaluate(net, state[name], judged, c.sigma)
-            results[name] = summary(out[c.split], out["train"], net.latent.num_params)
-        return report(results)
+        judged = {part: parts[part] for part in (c.split, "train")}
+        out = denoising.evaluate(nets, state, judged, c.sigma)
+        results = {
+            name: summary(out[c.split][name], out["train"][name], net.latent.num_params)
+            for name, net in nets.items()
+        }
+        return denoising.over_cells(cells, results)
 
-    phases = [Phase(f"train {n}", r.num_steps, functools.partial(step, n)) for n, r in runs.items()]
-    return Experiment(init, evaluate, tuple(phases))
+    return Experiment(run.init, evaluate, (Phase("train", run.num_steps, run.step),))

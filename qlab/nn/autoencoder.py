@@ -96,16 +96,24 @@ def _taps(size: int, kind: str) -> np.ndarray:
     return pick
 
 
-def conv(x: jax.Array, dense: nnx.Linear, kind: str) -> jax.Array:
+def conv(x: jax.Array, kernel: jax.Array, kind: str) -> jax.Array:
     """3 x 3 convolution of stride 2 ("down") or its transpose ("up"): f[N, H', W', out] from f[N, H, W, C].
 
-    Patches come from two products with constant matrices of 0 and 1; dense maps the 9 C of a patch to out.
+    The two places of a tap are products with constant matrices of 0 and 1; kernel f[9 C, out] maps the 9 C numbers
+    of a patch to out. It acts on the smaller image: after the taps are read on the way down, before they are added
+    on the way up.
     """
     rows, cols = (jnp.asarray(_taps(s, kind), x.dtype) for s in x.shape[1:3])
-    exact = jax.lax.Precision.HIGHEST
-    x = jnp.einsum("nhwc,hip->niwpc", x, rows, precision=exact)
-    x = jnp.einsum("niwpc,wjq->nijpqc", x, cols, precision=exact)
-    return dense(x.reshape(*x.shape[:3], -1))
+    exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    if kind == "down":
+        patches = exact("niwpc,wjq->nijpqc", exact("nhwc,hip->niwpc", x, rows), cols)
+        return patches.reshape(*patches.shape[:3], -1) @ kernel
+    taps = jnp.einsum("nhwc,pqcd->nhwpqd", x, kernel.reshape(3, 3, x.shape[-1], -1))
+    return exact("niwqd,wjq->nijd", exact("nhwpqd,hip->niwqd", taps, rows), cols)
+
+
+def _layer(x: jax.Array, dense: Any, kind: str) -> jax.Array:
+    return conv(x, dense.kernel[...], kind) + dense.bias[...]
 
 
 class Encoder(nnx.Module):
@@ -118,8 +126,8 @@ class Encoder(nnx.Module):
         self.dense = nnx.Linear((side // 4) ** 2 * c2, n, rngs=rngs)
 
     def __call__(self, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        h1 = nnx.relu(conv(y, self.conv1, "down"))
-        h2 = nnx.relu(conv(h1, self.conv2, "down"))
+        h1 = nnx.relu(_layer(y, self.conv1, "down"))
+        h2 = nnx.relu(_layer(h1, self.conv2, "down"))
         return self.dense(h2.reshape(len(y), -1)), (h1, h2)
 
 
@@ -136,9 +144,9 @@ class Decoder(nnx.Module):
     def __call__(self, q: jax.Array, maps: tuple[jax.Array, jax.Array]) -> jax.Array:
         h = nnx.relu(self.dense(q)).reshape(len(q), self.side // 4, self.side // 4, self.c2)
         h = jnp.concatenate([h, maps[1]], -1) if self.skip else h
-        h = nnx.relu(conv(h, self.up1, "up"))
+        h = nnx.relu(_layer(h, self.up1, "up"))
         h = jnp.concatenate([h, maps[0]], -1) if self.skip else h
-        return conv(h, self.up2, "up")
+        return _layer(h, self.up2, "up")
 
 
 def _he_normal(key: jax.Array, shapes: Params) -> Params:

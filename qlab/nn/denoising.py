@@ -1,11 +1,14 @@
 """Training and judging a denoiser: the noise of each image, the step, the scores.
 
 The noise of image i is a function of (key, i) alone, so a fixed noisy set needs no storage, every arm of a study
-sees the same one, and a resumed run too. With noise_mode "fresh" the epoch enters as well. Letters as in autoencoder.
+sees the same one, and a resumed run too. With noise_mode "fresh" the epoch enters as well. Several nets train side by
+side on the same batches, each for itself: one program, in which noise and order are drawn once. Letters as in
+autoencoder.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,7 +36,7 @@ def noisy_images(
 
 
 def _stream(key: jax.Array, part: str, epoch: Any = 0) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(key, PARTS.index(part)), epoch)
+    return jax.random.fold_in(key, len(PARTS) * epoch + PARTS.index(part))
 
 
 def _noisy(stream: jax.Array, x: jax.Array, index: jax.Array, sigma: float) -> jax.Array:
@@ -43,9 +46,9 @@ def _noisy(stream: jax.Array, x: jax.Array, index: jax.Array, sigma: float) -> j
 
 
 class Train(NamedTuple):
-    """Everything that changes: params, optimizer state, the step, and the two keys of a seed."""
+    """Everything that changes: params of each net, optimizer state, the step, and the two keys of a seed."""
 
-    params: Any
+    params: dict[str, Any]
     opt_state: Any
     step: jax.Array
     k_noise: jax.Array
@@ -67,7 +70,7 @@ def seed_keys(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def training(
-    net: Denoiser,
+    nets: dict[str, Denoiser],
     images: jax.Array,
     *,
     sigma: float,
@@ -80,7 +83,8 @@ def training(
     """Adam on the error of the clean image given the noisy one, all images once an epoch in a new order.
 
     Args:
-      net: the denoiser. images: clean, f32[N, S, S, 1]. sigma: of the noise. loss: "mse" (mean over pixels) or "bce".
+      nets: denoisers by name. images: clean, f32[N, S, S, 1]. sigma: of the noise.
+      loss: "mse" (mean over pixels) or "bce"; the metric "loss" is its mean over the nets.
       batch: the last images of an epoch that fill no batch are left out.
     Raises:
       UserError: an unknown noise mode or loss, a negative sigma, or a batch larger than the data.
@@ -94,12 +98,12 @@ def training(
     if not 0 < batch <= len(images):
         raise UserError(f"batch={batch} with {len(images)} images; use 1..{len(images)}")
     per_epoch = len(images) // batch
-    optimizer = optax.adam(lr)
+    optimizer = optax.flatten(optax.adam(lr))  # one vector: a dozen small loops less to compile
 
     @jax.jit  # hundreds of small programs otherwise
     def init(key):
         k_noise, k_init, k_train = seed_keys(key)
-        params = net.init(k_init)
+        params = {name: net.init(k_init) for name, net in nets.items()}
         return Train(params, optimizer.init(params), jnp.int32(0), k_noise, k_train)
 
     def step(state):
@@ -111,16 +115,21 @@ def training(
         draw = epoch if noise_mode == "fresh" else 0
         y = noisy_images(state.k_noise, "train", x, index, sigma, draw)
 
-        def loss_fn(params):
+        def loss_of(net, params):
             logits = net.apply(params, y, jax.random.fold_in(k_shots, state.step))
             if loss == "bce":
                 return optax.sigmoid_binary_cross_entropy(logits, x).mean()
             return ((jax.nn.sigmoid(logits) - x) ** 2).mean()
 
+        def loss_fn(
+            params,
+        ):  # a sum: each net gets the gradient of its own error, and Adam acts on each number
+            return sum(loss_of(net, params[name]) for name, net in nets.items())
+
         value, grads = jax.value_and_grad(loss_fn)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return state._replace(params=params, opt_state=opt_state, step=state.step + 1), {"loss": value}  # fmt: skip
+        return state._replace(params=params, opt_state=opt_state, step=state.step + 1), {"loss": value / len(nets)}  # fmt: skip
 
     return Training(init, step, epochs * per_epoch)
 
@@ -141,12 +150,12 @@ def scores(x: jax.Array, restored: jax.Array) -> dict[str, jax.Array]:
 
 
 def evaluate(
-    net: Denoiser, state: Train, parts: dict[str, jax.Array], sigma: float
-) -> dict[str, dict[str, jax.Array]]:
-    """The scores f[N] and the cross-entropy "bce" f[N] of every part: {part: {metric: f[N]}}.
+    nets: dict[str, Denoiser], state: Train, parts: dict[str, jax.Array], sigma: float
+) -> dict[str, dict[str, dict[str, jax.Array]]]:
+    """The scores f[N] and the cross-entropy "bce" f[N] of every part and net: {part: {net: {metric: f[N]}}}.
 
     Args:
-      parts: name -> clean images f[N, S, S, 1]; all go through one loop, so that the net is compiled once.
+      parts: name -> clean images f[N, S, S, 1]; all go through one loop, so that a net is compiled once.
     """
     _, _, k_shots = jax.random.split(state.k_train, 3)
     streams = [_stream(state.k_noise, p) for p in parts]
@@ -156,17 +165,19 @@ def evaluate(
     def some(x, i, part):
         y = _noisy(jnp.stack(streams)[part], x, i, sigma)
         k_batch = jax.random.fold_in(jax.random.fold_in(k_shots, i[0]), i[-1])
-        logits = net.apply(state.params, y, k_batch)
-        bce = optax.sigmoid_binary_cross_entropy(logits, x).mean((1, 2, 3))
-        return scores(x, jax.nn.sigmoid(logits)) | {"bce": bce}
+
+        def judge(net, params):
+            logits = net.apply(params, y, k_batch)
+            bce = optax.sigmoid_binary_cross_entropy(logits, x).mean((1, 2, 3))
+            return scores(x, jax.nn.sigmoid(logits)) | {"bce": bce}
+
+        return {name: judge(net, state.params[name]) for name, net in nets.items()}
 
     arrays = (jnp.concatenate(list(parts.values())), index, which)
     out = in_batches(some, arrays)
     at = np.cumsum([0] + [len(x) for x in parts.values()])
-    return {
-        p: {k: v[a:b] for k, v in out.items()}
-        for p, (a, b) in zip(parts, itertools.pairwise(at), strict=True)
-    }
+    cuts = zip(parts, itertools.pairwise(at), strict=True)
+    return {p: jax.tree.map(lambda v: v[a:b], out) for p, (a, b) in cuts}
 
 
 def evaluate_classical(
@@ -177,13 +188,22 @@ def evaluate_classical(
     Returns:
       {"train": scores, part: scores}, each f[N] an image. Runs on the host.
     """
-    pairs = {
-        q: (noisy_images(k_noise, q, x, jnp.arange(len(x)), sigma), x) for q, x in parts.items()
-    }
-    train, val = ((np.asarray(y), np.asarray(x)) for y, x in (pairs["train"], pairs["val"]))
+    noisy = jax.device_get(_noisy_parts(k_noise, parts, sigma))
+    train, val = ((noisy[q], np.asarray(parts[q])) for q in ("train", "val"))
     run, _ = denoisers.fit(name, train, val, rank=rank)
-    restored = {q: jnp.asarray(run(np.asarray(pairs[q][0])), jnp.float32) for q in ("train", part)}
-    return {q: scores(parts[q], x) for q, x in restored.items()}
+    judged = {q: parts[q] for q in ("train", part)}
+    restored = {q: np.asarray(run(noisy[q]), np.float32) for q in judged}
+    return _scores_of_parts(judged, restored)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _noisy_parts(key: jax.Array, parts: dict[str, jax.Array], sigma: float) -> dict[str, jax.Array]:
+    return {q: noisy_images(key, q, x, jnp.arange(len(x)), sigma) for q, x in parts.items()}
+
+
+@jax.jit
+def _scores_of_parts(clean: dict[str, Any], restored: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(scores, clean, restored)
 
 
 def over_cells(

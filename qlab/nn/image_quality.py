@@ -99,27 +99,3 @@ def ssim_for(side: int) -> dict[str, Any]:
     {'win': 7, 'sigma': None}
     """
     return {"win": 11, "sigma": 1.5} if side >= 11 else {"win": 7, "sigma": None}
-
-
-def paired_bootstrap(
-    a: np.ndarray, b: np.ndarray, *, num: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of a - b and its 95 % bootstrap interval, resampling seeds and images together.
-
-    Args:
-      a, b: f[S, N], the same seeds and images.
-    Returns:
-      (mean, low, high).
-    """
-    d = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    if d.ndim != 2:
-        raise UserError(f"paired_bootstrap of shape {d.shape}; expected (seeds, images)")
-    rng = np.random.RandomState(seed)
-    means = [
-        d[
-            np.ix_(rng.randint(0, d.shape[0], d.shape[0]), rng.randint(0, d.shape[1], d.shape[1]))
-        ].mean()
-        for _ in range(num)
-    ]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(d.mean()), float(low), float(high)

@@ -14,7 +14,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qlab.lab.errors import UserError, nearest
 from qlab.quantum import columns as col
@@ -55,12 +54,6 @@ def zz_diag(edges: Edges, weights: jax.Array | None, n: int) -> jax.Array:
     check_edges(edges, n)
     w = jnp.ones(len(edges)) if weights is None else jnp.asarray(weights)
     return w @ jnp.asarray(col.zz_signs(edges, n), w.dtype) if edges else jnp.zeros(2**n)
-
-
-def apply_rx_all(psi: jax.Array, t: jax.Array) -> jax.Array:
-    """RX(t_i) on every qubit; psi c[2^n], t f[] or f[n]."""
-    n = int(np.log2(psi.size))
-    return col.apply_local(psi, col._rotation("rx", jnp.broadcast_to(t, (n,))))
 
 
 def qaoa_columns(n: int, p: int, edges: Edges) -> col.Columns:
