@@ -148,7 +148,9 @@ def sac(
 
     def learns(batch: Transition) -> Any:
         """Which samples teach the learned temperature."""
-        return batch.temperature < 0 if temperature == "batch" else float(temperature == "learned")
+        if batch.temperature is not None and temperature == "batch":
+            return batch.temperature < 0
+        return float(temperature == "learned")
 
     def losses(params: Any, target: Any, key: jax.Array, batch: Transition):
         noise = jax.random.normal(key, (2, *batch.action.shape))

@@ -79,7 +79,7 @@ class Plan(NamedTuple):
       gamma: bool[], the Gamma teacher draws the temperatures instead. sudden: bool[], low follows high at
         half time instead of by and by.
       visible: bool[], the players see the temperature. force0: f32[], share of the force at the start.
-      span: f32[], iterations from first to last.
+      span: f32[], iterations from first to last. rule: the Gamma teacher's numbers.
     """
 
     high: jax.Array
@@ -89,6 +89,7 @@ class Plan(NamedTuple):
     visible: jax.Array
     force0: jax.Array
     span: jax.Array
+    rule: tt.TeacherConfig
 
 
 class Learner(NamedTuple):
@@ -188,17 +189,18 @@ def make_plan(config: DuelConfig) -> Plan:
         visible=jnp.bool_(varies and c.visible),
         force0=jnp.float32(c.force0 if c.teacher == "force" else 1.0),
         span=jnp.float32(max(c.iterations - 1, 1)),
+        rule=jax.tree.map(jnp.asarray, c.gamma),
     )
 
 
 def schedule(
-    plan: Plan, iteration: jax.Array, key: jax.Array, conc: jax.Array, rate: float, n: int
+    plan: Plan, iteration: jax.Array, key: jax.Array, conc: jax.Array, n: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Temperatures f32[n] of an iteration, as the players see them, and the share f32[] of the force."""
     progress = jnp.minimum(iteration / plan.span, 1.0)
     sloped = plan.high + (plan.low - plan.high) * progress
     planned = jnp.where(plan.sudden, jnp.where(progress < 0.5, plan.high, plan.low), sloped)
-    temps = jnp.where(plan.gamma, tt.sample_gamma(key, conc, rate, n), planned)
+    temps = jnp.where(plan.gamma, tt.sample_gamma(key, conc, plan.rule.rate, n), planned)
     return temps, temps * plan.visible, plan.force0 + (1 - plan.force0) * progress
 
 
@@ -256,21 +258,22 @@ def duel(
     updates_per_step = _check(c, env, num_seeds)
     size = env.obs_dim + 1
     protagonist = make_agent(size, env.action_dim, "learned")
-    adversary = make_agent(size, env.adversary_dim, "batch") if c.adversary != "none" else None
+    adversary = make_agent(size, env.adversary_dim, "batch")
+    opposed = c.adversary != "none"
     fresh = make_agent(size, env.adversary_dim, "learned")
 
     def learner(agent: Agent, key: jax.Array, action_dim: int) -> Learner:
         return Learner(agent.init(key), replay_init(_row(env, action_dim), c.capacity))
 
-    def init_all(key: jax.Array, plan: Plan) -> DuelState:
+    def init_all(key: jax.Array, teacher: tt.TeacherState, plan: Plan) -> DuelState:
         k = [jax.random.fold_in(key, 100 + i) for i in range(3)]
         return DuelState(
             key=key,
             step=jnp.int32(0),
             protagonist=learner(protagonist, k[0], env.action_dim),
-            adversary=learner(adversary, k[1], env.adversary_dim) if adversary else (),
+            adversary=learner(adversary, k[1], env.adversary_dim) if opposed else (),
             fresh=learner(fresh, k[2], env.adversary_dim),
-            teacher=tt.teacher_init(c.conc0, c.gamma),
+            teacher=teacher,
             plan=plan,
         )
 
@@ -338,14 +341,16 @@ def duel(
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
         k_temps, k_first, k_second = jax.random.split(key, 3)
         old = state.teacher
-        told = schedule(state.plan, state.step, k_temps, old.conc, c.gamma.rate, n)
+        told = schedule(state.plan, state.step, k_temps, old.conc, n)
         temps, _, share = told
         other = exploring(protagonist, state.protagonist.state)
         foe, gain, f = turn(k_first, adversary, state.adversary, other, -1.0, *told)
         push = exploring(adversary, foe.state)
         me, gain_2, m = turn(k_second, protagonist, state.protagonist, push, 1.0, *told)
         both = jnp.concatenate([temps, temps]), jnp.concatenate([gain, gain_2])
-        taught = tt.teacher_update(old, *both, c.gamma)
+        # Whether it explores is code, the rest numbers.
+        rule = state.plan.rule._replace(explore=c.gamma.explore)
+        taught = tt.teacher_update(old, *both, rule)
         taught = jax.tree.map(lambda a, b: jnp.where(state.plan.gamma, a, b), taught, old)
         out = {**m, "discounted_return": gain_2.mean(), "force": share, "conc": taught.conc}
         out |= {f"adversary_{k}": f[k] for k in ("entropy", "loss")}
@@ -364,7 +369,7 @@ def duel(
         return after, {**m, "discounted_return": gain.mean()}
 
     def score(state: DuelState):
-        own = greedy(adversary, state.adversary.state) if adversary else None
+        own = greedy(adversary, state.adversary.state) if opposed else None
         out = evaluate(
             jax.random.fold_in(state.key, 3),
             greedy(protagonist, state.protagonist.state),
@@ -372,18 +377,20 @@ def duel(
             greedy(fresh, state.fresh.state),
         )
         out["protagonist_updates"] = state.protagonist.state.updates
-        if adversary:
+        if opposed:
             learned = jnp.exp(state.adversary.state.params["log_alpha"])
             last = jnp.where(state.plan.low < 0, learned, state.plan.low)
-            mean = state.teacher.conc / c.gamma.rate
+            mean = state.teacher.conc / state.plan.rule.rate
             out["final_temperature"] = jnp.where(state.plan.gamma, mean, last)
         return out
 
     phases: Sequence[Phase] = (
-        Phase("train", c.iterations, together if adversary else alone),
+        Phase("train", c.iterations, together if opposed else alone),
         Phase("best_response", c.best_response, respond),
     )
     init = jax.jit(init_all)
     return Experiment(
-        lambda key: init(key, make_plan(c)), score, tuple(p for p in phases if p.num_steps)
+        lambda key: init(key, tt.teacher_init(c.conc0, c.gamma), make_plan(c)),
+        score,
+        tuple(p for p in phases if p.num_steps),
     )

@@ -21,12 +21,12 @@ OBS, ACT, N = 3, 2, 8
 
 def batch_of(seed=0, temperature=None):
     rng = np.random.default_rng(seed)
-    draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    draw = lambda *s: np.float32(rng.normal(size=s))  # noqa: E731
     return Transition(
         draw(N, OBS),
-        jnp.tanh(draw(N, ACT)),
+        np.tanh(draw(N, ACT)),
         draw(N),
-        jnp.full(N, 0.9),
+        np.full(N, 0.9, np.float32),
         draw(N, OBS),
         None,
         temperature,
@@ -48,20 +48,23 @@ def started():
     return jax.jit(agent_of(0.3).init)(jax.random.key(0))._replace(updates=jnp.int32(2))
 
 
+def arrays(tree):
+    return [np.float64(x) for x in jax.tree.leaves(tree)]
+
+
 def distance(a, b):
     """Largest difference between two trees of arrays."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return max(np.abs(np.float64(x) - np.float64(y)).max() for x, y in pairs)
+    return max(np.abs(x - y).max() for x, y in zip(arrays(a), arrays(b), strict=True))
 
 
 def test_density_of_the_squashed_gaussian_is_a_density():
-    mean, log_std = jnp.array([0.3]), jnp.array([-0.4])
+    mean, log_std, squash = np.float32([0.3]), np.float32([-0.4]), jax.jit(m.squash)
 
     def density(a):
         noise = (np.arctanh(a) - 0.3) / np.exp(-0.4)
-        got, log_pi = m.squash(mean, log_std, jnp.array([noise], jnp.float32))
+        got, log_pi = squash(mean, log_std, np.float32([noise]))
         np.testing.assert_allclose(got, a, atol=1e-5)
-        return float(jnp.exp(log_pi))
+        return float(np.exp(log_pi))
 
     for a in (-0.9, 0.0, 0.5, 0.99):
         u = np.arctanh(a)
@@ -70,13 +73,13 @@ def test_density_of_the_squashed_gaussian_is_a_density():
         )
     grid = np.tanh(np.linspace(-6, 6, 4001))
     noise = (np.linspace(-6, 6, 4001) - 0.3) / np.exp(-0.4)
-    _, log_pi = m.squash(
-        jnp.full((4001, 1), 0.3),
-        jnp.full((4001, 1), -0.4),
-        jnp.asarray(noise[:, None], jnp.float32),
+    _, log_pi = squash(
+        np.full((4001, 1), 0.3, np.float32),
+        np.full((4001, 1), -0.4, np.float32),
+        np.float32(noise[:, None]),
     )
     np.testing.assert_allclose(integrate.trapezoid(np.exp(log_pi), grid), 1.0, atol=1e-3)
-    far = m.squash(jnp.array([40.0]), jnp.array([0.0]), jnp.array([0.0]))[1]
+    far = squash(np.float32([40]), np.float32([0]), np.float32([0]))[1]
     assert np.isfinite(far)
 
 
@@ -94,8 +97,10 @@ def test_losses_are_the_formulae(rng):
     batch = batch_of(temperature=jnp.asarray(given, jnp.float32))
     agent = agent_of("batch")
     state, key = started(), jax.random.key(5)
-    state = state._replace(target=jax.tree.map(lambda x: 0.7 * x, state.target))
-    state = state._replace(params={**state.params, "log_alpha": jnp.log(jnp.float32(0.7))})
+    state = state._replace(
+        target=jax.tree.map(lambda x: np.float32(0.7) * np.asarray(x), state.target)
+    )
+    state = state._replace(params={**state.params, "log_alpha": np.log(np.float32(0.7))})
     alpha = np.where(given < 0, 0.7, np.maximum(given, 1e-6))
     new, metrics = agent.update(state, key, batch)
     noise = np.float64(jax.random.normal(key, (2, N, ACT)))
@@ -137,13 +142,12 @@ def test_each_loss_moves_its_own_parameters_by_adam():
         return (0.3 * lp - m.q_values(state.params["critic"], batch.obs, a).min(0)).mean()
 
     grad = jax.jit(jax.grad(actor_loss))(state.params["actor"])
-    for g, a, b in zip(
-        *map(jax.tree.leaves, (grad, new.params["actor"], state.params["actor"])), strict=True
-    ):
+    actors = grad, new.params["actor"], state.params["actor"]
+    for g, a, b in zip(*map(arrays, actors), strict=True):
         big = np.abs(g) > 1e-5
         np.testing.assert_allclose((b - a)[big], 1e-3 * np.sign(g)[big], rtol=2e-2)
     for t0, p, t1 in zip(
-        *map(jax.tree.leaves, (state.target, new.params["critic"], new.target)), strict=True
+        *map(arrays, (state.target, new.params["critic"], new.target)), strict=True
     ):
         np.testing.assert_allclose(t1, 0.9 * t0 + 0.1 * p, atol=1e-6)
 
@@ -189,6 +193,7 @@ def test_time_limits_bootstrap_and_ends_do_not():
     agent = m.sac(5, 1, temperature=1e-6, hidden=(32,), lr_critic=3e-3, tau=0.1)
 
     @jax.jit
+    @jax.vmap
     def learn(ends):
         def advance(x, a, o):
             return x + 1, jnp.float32(1), (x[0] + 1 >= 4) & ends
@@ -207,8 +212,7 @@ def test_time_limits_bootstrap_and_ends_do_not():
         seen = jax.vmap(lambda x: observe(x, ends))(jnp.arange(4.0)[:, None])
         return agent.q_value(state, seen, jnp.zeros((4, 1))), over
 
-    for ends in (False, True):
-        q, over = learn(jnp.bool_(ends))
+    for ends, q, over in zip((False, True), *learn(np.array([False, True])), strict=True):
         assert np.flatnonzero(over).tolist() == list(range(3, 200, 4))
         left = 4 - np.arange(4) if ends else np.inf
         np.testing.assert_allclose(q, np.full(4, (1 - gamma**left) / (1 - gamma)), atol=0.1)
@@ -217,17 +221,18 @@ def test_time_limits_bootstrap_and_ends_do_not():
 def test_ring_overwrites_the_oldest_and_draws_from_the_filled_part():
     row = {"x": jax.ShapeDtypeStruct((2,), jnp.float32), "i": jax.ShapeDtypeStruct((), jnp.int32)}
     ring, add = rp.replay_init(row, 7), jax.jit(rp.replay_add)
+    sample = jax.jit(rp.replay_sample, static_argnums=2)
     assert rp.replay_bytes(row, 7) == 7 * 12
     kept = []
     for n in range(5):
         ids = np.arange(3 * n, 3 * n + 3)
-        ring = add(ring, {"x": jnp.ones((3, 2)) * ids[:, None], "i": jnp.asarray(ids, jnp.int32)})
+        ring = add(ring, {"x": np.ones((3, 2), np.float32) * ids[:, None], "i": np.int32(ids)})
         kept = (kept + ids.tolist())[-7:]
-        drawn = rp.replay_sample(ring, jax.random.key(n), 2000)
+        drawn = sample(ring, jax.random.key(n), 7000)
         assert set(np.asarray(drawn["i"]).tolist()) == set(kept)
-        np.testing.assert_array_equal(drawn["x"][:, 0], drawn["i"])
+        np.testing.assert_array_equal(np.asarray(drawn["x"])[:, 0], drawn["i"])
         assert int(ring.size) == len(kept)
-    counts = np.bincount(np.asarray(rp.replay_sample(ring, jax.random.key(9), 7000)["i"]))[8:]
+    counts = np.bincount(np.asarray(sample(ring, jax.random.key(9), 7000)["i"]))[8:]
     assert stats.chisquare(counts).pvalue > 1e-4
 
 

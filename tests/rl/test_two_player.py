@@ -80,7 +80,7 @@ def built(adversary):
 
 @jax.jit
 def schedule(plan, iteration, key, conc):
-    return m.schedule(plan, iteration, key, conc, 1000.0, E)
+    return m.schedule(plan, iteration, key, conc, E)
 
 
 def constant(value):
