@@ -142,9 +142,9 @@ CLAIMS = (
 )  # fmt: skip
 FIGURES = (
     Figure("Return by test", "bars", "score", ylabel="%"),
-    Figure("Return over mass (rows) and friction (columns), no adversary", "heatmap", "grid_map"),
-    Figure("Training: protagonist's discounted return", "curve", "discounted_return", xlabel="turn"),
-    Figure("Temperature of the adversary", "curve", "temperature", xlabel="turn", logy=True),
+    Figure("Return without adversary, by physics", "heatmap", "grid_map", xlabel="friction, cell", ylabel="mass, cell"),
+    Figure("Protagonist's discounted return, last against the fresh adversary", "curve", "discounted_return", xlabel="turn"),
+    Figure("Temperature of the adversary, drawn or learned", "curve", "temperature", xlabel="turn", logy=True),
     Figure("[[2, -1], [-1, 1]]: worst case", "line", "worst_case", "rationality", "t_y", "value", True),
     Figure("Random games", "line", "exploitability_path", "rationality", "t_y", "exploitability", True, True),
 )  # fmt: skip
