@@ -37,7 +37,7 @@ def batch_of(seed=0, temperature=None):
 def agent_of(temperature):
     """Compiled once for all tests."""
     agent = m.sac(
-        OBS, ACT, temperature=temperature, hidden=(8, 8), lr_actor=1e-3, tau=0.1, actor_warmup=2
+        OBS, ACT, temperature=temperature, hidden=(8,), lr_actor=1e-3, tau=0.1, actor_warmup=2
     )
     return agent._replace(update=jax.jit(agent.update))
 
