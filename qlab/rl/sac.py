@@ -6,7 +6,8 @@ Twin critics, a tanh-squashed Gaussian actor. With alpha the temperature of a tr
     learned  log alpha descends  -log alpha (log pi + target entropy),    target entropy = -D by default.
 "batch" takes alpha from `batch.temperature`: each transition keeps the temperature of the episode it
 was drawn in, and its next state uses the same one (the adaptive temperature of QARL's adversary,
-arXiv 2311.01642). The observation may carry the temperature too; that is the caller's choice.
+arXiv 2311.01642). A negative entry asks for the learned temperature instead, so that one compiled program
+serves both kinds. The observation may carry the temperature too; that is the caller's choice.
 
 Mean and log standard deviation are separate networks of one shape, as are the two critics.
 Letters: N = batch, S = observation, D = action dimensions.
@@ -87,7 +88,7 @@ def sac(
 
     Args:
       temperature: "learned"; a float > 0, fixed; or "batch", read per sample from the batch
-        (below 1e-6 it counts as 1e-6).
+        (from 0 to 1e-6 it counts as 1e-6, a negative one as learned).
       init_temperature: start of a learned temperature.
       target_entropy: of a learned temperature, in nats; None is -action_dim.
       actor_warmup: updates in which only the critics learn.
@@ -138,10 +139,18 @@ def sac(
         if temperature == "learned":
             return jax.lax.stop_gradient(jnp.exp(params["log_alpha"]))
         if temperature == "batch":
-            if batch.temperature is None:
+            given = batch.temperature
+            if given is None:
                 raise UserError('temperature="batch" reads batch.temperature, which is None')
-            return jnp.maximum(batch.temperature, TEMPERATURE_FLOOR)
+            learned = jax.lax.stop_gradient(jnp.exp(params["log_alpha"]))
+            return jnp.where(given < 0, learned, jnp.maximum(given, TEMPERATURE_FLOOR))
         return jnp.float32(temperature)
+
+    def learns(batch: Transition) -> Any:
+        """Which samples teach the learned temperature."""
+        if batch.temperature is not None and temperature == "batch":
+            return batch.temperature < 0
+        return float(temperature == "learned")
 
     def losses(params: Any, target: Any, key: jax.Array, batch: Transition):
         noise = jax.random.normal(key, (2, *batch.action.shape))
@@ -156,8 +165,8 @@ def sac(
 
         action, log_pi = squash(*gaussian(params["actor"], batch.obs), noise[1])
         actor_loss = (alpha * log_pi - q_values(frozen["critic"], batch.obs, action).min(0)).mean()
-        gap = jax.lax.stop_gradient(log_pi).mean() + entropy_goal
-        alpha_loss = -params["log_alpha"] * gap if temperature == "learned" else 0.0
+        gap = jax.lax.stop_gradient(log_pi) + entropy_goal
+        alpha_loss = -params["log_alpha"] * (learns(batch) * gap).mean()
         metrics = {
             "loss": critic_loss + actor_loss,
             "critic_loss": critic_loss,

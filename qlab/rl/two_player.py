@@ -2,10 +2,13 @@
 
 One step of "train" is one iteration: E episodes of fixed length in which only the adversary learns, then
 as many in which only the protagonist does; each keeps its own replay, filled in its own turns. In every
-iteration each environment draws a temperature; both players see it (divided by the curriculum's first mean)
-and the adversary's soft critic uses it for the transitions of that episode. Without an adversary both turns
-are the protagonist's. "best_response" then trains a new adversary against the frozen, greedy protagonist,
-which is told temperature 0: the worst adversary.
+iteration each environment draws a temperature; both players see it, where it varies, and the adversary's soft
+critic uses it for the transitions of that episode. Without an adversary both turns are the protagonist's.
+"best_response" then trains a new adversary against the frozen, greedy protagonist, which is told temperature 0:
+the worst adversary.
+
+What makes one kind of adversary differ from another is data in the state (`Plan`), not code: all arms with an
+adversary share one compiled program.
 
 An episode that ends early is followed by another at the same temperature, so that all arms take the
 same number of steps; the returns that the teacher sees are those of the first ones.
@@ -35,9 +38,8 @@ from qlab.rl.replay import (
 )
 
 TEACHERS = ("gamma", "linear", "step", "none", "force")
-ADVERSARIES = {  # the temperature of the adversary's SAC; None: there is no adversary
-    "sac_adaptive": "batch", "constant_temp": "batch", "sac": "learned", "none": None,
-}  # fmt: skip
+ADVERSARIES = ("sac_adaptive", "constant_temp", "sac", "none")
+LEARNED = -1.0  # a temperature that SAC reads as "the one I learn"
 
 
 class DuelConfig(NamedTuple):
@@ -69,6 +71,27 @@ class DuelConfig(NamedTuple):
     force0: float = 0.1
 
 
+class Plan(NamedTuple):
+    """The curriculum as numbers.
+
+    Attributes:
+      high, low: f32[], the adversary's temperature first and last; LEARNED where it learns its own.
+      gamma: bool[], the Gamma teacher draws the temperatures instead. sudden: bool[], low follows high at
+        half time instead of by and by.
+      visible: bool[], the players see the temperature. force0: f32[], share of the force at the start.
+      span: f32[], iterations from first to last. rule: the Gamma teacher's numbers.
+    """
+
+    high: jax.Array
+    low: jax.Array
+    gamma: jax.Array
+    sudden: jax.Array
+    visible: jax.Array
+    force0: jax.Array
+    span: jax.Array
+    rule: tt.TeacherConfig
+
+
 class Learner(NamedTuple):
     """state: of the agent. replay: of its own turns."""
 
@@ -85,6 +108,7 @@ class DuelState(NamedTuple):
     adversary: Any
     fresh: Learner
     teacher: tt.TeacherState
+    plan: Plan
 
 
 # (key, obs with temperature f32[E, S+1]) -> action f32[E, .]
@@ -145,36 +169,46 @@ def robustness_grid(
     return jax.vmap(jax.vmap(cell))(physics)
 
 
-def schedule(
-    config: DuelConfig, iteration: jax.Array, key: jax.Array, state: tt.TeacherState
-) -> tuple[jax.Array, jax.Array]:
-    """Temperatures f32[E] of an iteration and the share f32[] of the adversary's force.
+def make_plan(config: DuelConfig) -> Plan:
+    """The numbers of a teacher and an adversary.
 
-    linear: from conc0 / rate to conc_target / rate; step: the first for one half, then the second; none:
-    the first throughout. Where the adversary reads no temperature it is 0.
+    linear: from conc0 / rate to conc_target / rate; step: the first for one half, then the second; none and
+    force: the first throughout. A temperature that never varies is not shown: there is nothing to tell, and
+    the tests' 0 would be new to a player that has met one number only.
     """
-    c, n = config, config.num_envs
-    progress = jnp.minimum(iteration / max(c.iterations - 1, 1), 1.0)
+    c = config
     high, low = c.conc0 / c.gamma.rate, c.gamma.conc_target / c.gamma.rate
-    share = jnp.float32(1)
-    if c.teacher == "force":
-        share = c.force0 + (1 - c.force0) * progress
-    if ADVERSARIES[c.adversary] != "batch":
-        return jnp.zeros(n), share
-    if c.teacher == "gamma":
-        return tt.sample_gamma(key, state.conc, c.gamma.rate, n), share
-    if c.teacher == "linear":
-        return jnp.broadcast_to(high + (low - high) * progress, (n,)), share
-    if c.teacher == "step":
-        return jnp.broadcast_to(jnp.where(progress < 0.5, high, low), (n,)), share
-    return jnp.full(n, high), share
+    varies = c.teacher in ("gamma", "linear", "step")
+    if c.adversary not in ("sac_adaptive", "constant_temp"):
+        high, varies = LEARNED, False
+    return Plan(
+        high=jnp.float32(high),
+        low=jnp.float32(low if varies else high),
+        gamma=jnp.bool_(varies and c.teacher == "gamma"),
+        sudden=jnp.bool_(c.teacher == "step"),
+        visible=jnp.bool_(varies and c.visible),
+        force0=jnp.float32(c.force0 if c.teacher == "force" else 1.0),
+        span=jnp.float32(max(c.iterations - 1, 1)),
+        rule=jax.tree.map(jnp.asarray, c.gamma),
+    )
+
+
+def schedule(
+    plan: Plan, iteration: jax.Array, key: jax.Array, conc: jax.Array, n: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Temperatures f32[n] of an iteration, as the players see them, and the share f32[] of the force."""
+    progress = jnp.minimum(iteration / plan.span, 1.0)
+    sloped = plan.high + (plan.low - plan.high) * progress
+    planned = jnp.where(plan.sudden, jnp.where(progress < 0.5, plan.high, plan.low), sloped)
+    temps = jnp.where(plan.gamma, tt.sample_gamma(key, conc, plan.rule.rate, n), planned)
+    return temps, temps * plan.visible, plan.force0 + (1 - plan.force0) * progress
 
 
 def _check(c: DuelConfig, env: TwoPlayerEnv, num_seeds: int) -> int:
     """Updates a vector step."""
     if c.adversary not in ADVERSARIES:
         raise UserError(
-            f"adversary_algo={c.adversary!r} is not known{nearest(c.adversary, list(ADVERSARIES))}"
+            f"adversary_algo={c.adversary!r} is not known{nearest(c.adversary, ADVERSARIES)}"
         )
     if c.teacher not in TEACHERS:
         raise UserError(f"teacher={c.teacher!r} is not known{nearest(c.teacher, TEACHERS)}")
@@ -223,31 +257,30 @@ def duel(
     c = config
     updates_per_step = _check(c, env, num_seeds)
     size = env.obs_dim + 1
-    first_mean = c.conc0 / c.gamma.rate
     protagonist = make_agent(size, env.action_dim, "learned")
-    temperature = ADVERSARIES[c.adversary]
-    adversary = make_agent(size, env.adversary_dim, temperature) if temperature else None
+    adversary = make_agent(size, env.adversary_dim, "batch")
+    opposed = c.adversary != "none"
     fresh = make_agent(size, env.adversary_dim, "learned")
 
     def learner(agent: Agent, key: jax.Array, action_dim: int) -> Learner:
         return Learner(agent.init(key), replay_init(_row(env, action_dim), c.capacity))
 
-    def init_all(key: jax.Array) -> DuelState:
+    def init_all(key: jax.Array, teacher: tt.TeacherState, plan: Plan) -> DuelState:
         k = [jax.random.fold_in(key, 100 + i) for i in range(3)]
         return DuelState(
             key=key,
             step=jnp.int32(0),
             protagonist=learner(protagonist, k[0], env.action_dim),
-            adversary=learner(adversary, k[1], env.adversary_dim) if adversary else (),
+            adversary=learner(adversary, k[1], env.adversary_dim) if opposed else (),
             fresh=learner(fresh, k[2], env.adversary_dim),
-            teacher=tt.teacher_init(c.conc0, c.gamma),
+            teacher=teacher,
+            plan=plan,
         )
 
-    def turn(key, agent: Agent, me: Learner, other: Policy, sign: float, temps, share):
-        """H steps in which `me` learns: sign 1 the protagonist, -1 the adversary."""
-        shown = temps / first_mean * c.visible
+    n, zeros, full = c.num_envs, jnp.zeros(c.num_envs), jnp.float32(1)
 
-        n = c.num_envs
+    def turn(key, agent: Agent, me: Learner, other: Policy, sign: float, temps, shown, share):
+        """H steps in which `me` learns: sign 1 the protagonist, -1 the adversary."""
 
         def one(carry, keys):
             me, states, obs, weight, gain = carry
@@ -295,44 +328,48 @@ def duel(
     def greedy(agent: Agent, state: Any) -> Policy:
         return lambda key, x: agent.act(state, key, x, greedy=True)
 
-    def train(state: DuelState):
+    def alone(state: DuelState):
+        def one(me, key):
+            me, gain, m = turn(key, protagonist, me, nothing, 1.0, zeros, zeros, full)
+            return me, {**m, "discounted_return": gain.mean()}
+
+        key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
+        me, m = jax.lax.scan(one, state.protagonist, jax.random.split(key))
+        return state._replace(step=state.step + 1, protagonist=me), jax.tree.map(jnp.mean, m)
+
+    def together(state: DuelState):
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
         k_temps, k_first, k_second = jax.random.split(key, 3)
-        temps, share = schedule(c, state.step, k_temps, state.teacher)
-        me, foe = state.protagonist, state.adversary
-        out = {}
-        if adversary is None:
-            me, gain, _ = turn(k_first, protagonist, me, nothing, 1.0, temps, share)
-            push = nothing
-        else:
-            other = exploring(protagonist, me.state)
-            foe, gain, m = turn(k_first, adversary, foe, other, -1.0, temps, share)
-            out = {f"adversary_{k}": m[k] for k in ("entropy", "loss")}
-            push = exploring(adversary, foe.state)
-        me, gain_2, m = turn(k_second, protagonist, me, push, 1.0, temps, share)
-        loss = m["loss"] + out.get("adversary_loss", 0.0)  # either player's NaN stops the seed
-        out |= {**m, "loss": loss, "discounted_return": gain_2.mean()}
-        out |= {"temperature": temps.mean(), "force": share}
-        new = state.teacher
-        if c.teacher == "gamma" and temperature == "batch":
-            both = jnp.concatenate([temps, temps]), jnp.concatenate([gain, gain_2])
-            new = tt.teacher_update(state.teacher, *both, c.gamma)
-            names = ("waited", "moved", "frozen", "explored", "arrived")
-            out |= {f"teacher_{n}": new.branch == i for i, n in enumerate(names)}
-            out["conc"] = new.conc
-        after = state._replace(step=state.step + 1, protagonist=me, adversary=foe, teacher=new)
+        old = state.teacher
+        told = schedule(state.plan, state.step, k_temps, old.conc, n)
+        temps, _, share = told
+        other = exploring(protagonist, state.protagonist.state)
+        foe, gain, f = turn(k_first, adversary, state.adversary, other, -1.0, *told)
+        push = exploring(adversary, foe.state)
+        me, gain_2, m = turn(k_second, protagonist, state.protagonist, push, 1.0, *told)
+        both = jnp.concatenate([temps, temps]), jnp.concatenate([gain, gain_2])
+        # Whether it explores is code, the rest numbers.
+        rule = state.plan.rule._replace(explore=c.gamma.explore)
+        taught = tt.teacher_update(old, *both, rule)
+        taught = jax.tree.map(lambda a, b: jnp.where(state.plan.gamma, a, b), taught, old)
+        out = {**m, "discounted_return": gain_2.mean(), "force": share, "conc": taught.conc}
+        out |= {f"adversary_{k}": f[k] for k in ("entropy", "loss")}
+        out["temperature"] = jnp.where(state.plan.high < 0, f["alpha"], temps.mean())
+        out["loss"] = m["loss"] + f["loss"]  # either player's NaN stops the seed
+        names = ("waited", "moved", "frozen", "explored", "arrived")
+        out |= {f"teacher_{n}": taught.branch == i for i, n in enumerate(names)}
+        after = state._replace(step=state.step + 1, protagonist=me, adversary=foe, teacher=taught)
         return after, out
 
     def respond(state: DuelState):
         key = jax.random.fold_in(jax.random.fold_in(state.key, 2), state.step)
         other = greedy(protagonist, state.protagonist.state)
-        zeros, one = jnp.zeros(c.num_envs), jnp.float32(1)
-        foe, gain, m = turn(key, fresh, state.fresh, other, -1.0, zeros, one)
+        foe, gain, m = turn(key, fresh, state.fresh, other, -1.0, zeros, zeros, full)
         after = state._replace(step=state.step + 1, fresh=foe)
         return after, {**m, "discounted_return": gain.mean()}
 
     def score(state: DuelState):
-        own = greedy(adversary, state.adversary.state) if adversary else None
+        own = greedy(adversary, state.adversary.state) if opposed else None
         out = evaluate(
             jax.random.fold_in(state.key, 3),
             greedy(protagonist, state.protagonist.state),
@@ -340,12 +377,20 @@ def duel(
             greedy(fresh, state.fresh.state),
         )
         out["protagonist_updates"] = state.protagonist.state.updates
-        if c.teacher == "gamma" and temperature == "batch":
-            out["final_conc"] = state.teacher.conc
+        if opposed:
+            learned = jnp.exp(state.adversary.state.params["log_alpha"])
+            last = jnp.where(state.plan.low < 0, learned, state.plan.low)
+            mean = state.teacher.conc / state.plan.rule.rate
+            out["final_temperature"] = jnp.where(state.plan.gamma, mean, last)
         return out
 
     phases: Sequence[Phase] = (
-        Phase("train", c.iterations, train),
+        Phase("train", c.iterations, together if opposed else alone),
         Phase("best_response", c.best_response, respond),
     )
-    return Experiment(jax.jit(init_all), score, tuple(p for p in phases if p.num_steps))
+    init = jax.jit(init_all)
+    return Experiment(
+        lambda key: init(key, tt.teacher_init(c.conc0, c.gamma), make_plan(c)),
+        score,
+        tuple(p for p in phases if p.num_steps),
+    )

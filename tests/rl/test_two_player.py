@@ -3,6 +3,7 @@
 import functools
 from functools import partial
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from qlab.experiments import qarl
 from qlab.lab.errors import UserError
 from qlab.rl import teacher as tt
 from qlab.rl import two_player as m
+from qlab.rl.agent import Agent
 from qlab.rl.envs.control import Physics, System, control, two_player
 from qlab.rl.sac import sac
 
@@ -38,20 +40,47 @@ def config_of(**kw):
     return m.DuelConfig(**{**base, **kw})
 
 
-def small(obs_dim, action_dim, temperature, **kw):
-    return sac(obs_dim, action_dim, temperature=temperature, hidden=(16,), **kw)
+class SimpleState(NamedTuple):
+    params: Any
+    updates: Any
 
 
-def duel_of(config, system=None, agent=small, evaluate=lambda *a: {}):
+def simple(obs_dim, action_dim, temperature):
+    """A linear player who learns next to nothing: what is tested here is who plays and learns when."""
+
+    def init(key):
+        params = {"w": jax.random.normal(key, (obs_dim, action_dim)), "log_alpha": jnp.float32(-1)}
+        return SimpleState(params, jnp.int32(0))
+
+    def act(state, key, obs, greedy=False):
+        noise = 0 if greedy else 0.3 * jax.random.normal(key, (len(obs), action_dim))
+        return jnp.tanh(obs @ state.params["w"] + noise)
+
+    def update(state, key, batch):
+        w = state.params["w"]
+        loss = jnp.square(batch.obs @ w - batch.reward[:, None]).mean()
+        params = {**state.params, "w": 0.9 * w}
+        new = SimpleState(params, state.updates + 1)
+        return new, {"loss": loss, "entropy": loss, "alpha": jnp.exp(params["log_alpha"])}
+
+    return Agent(init, act, update)
+
+
+def duel_of(config, system=None, agent=simple, evaluate=lambda *a: {}):
     env = two_player(system or pushed(), max_action=1, max_force=1, horizon=config.horizon)
     return m.duel(env, agent, config, evaluate)
 
 
 @functools.cache
-def built(adversary="sac_adaptive"):
+def built(adversary):
     """One duel for several tests, and its iteration compiled."""
     exp = duel_of(config_of(adversary=adversary), pushed(fall_at=4))
     return exp, jax.jit(exp.phases[0].step)
+
+
+@jax.jit
+def schedule(plan, iteration, key, conc):
+    return m.schedule(plan, iteration, key, conc, E)
 
 
 def constant(value):
@@ -59,13 +88,16 @@ def constant(value):
 
 
 def test_play_is_the_return_of_one_episode():
-    for fall_at, length in ((99, 5), (3, 3)):
+    @jax.jit
+    def play(fall_at, gamma):
         env = two_player(pushed(fall_at=fall_at), max_action=1, max_force=0.5, horizon=5)
+        players = constant(1.0), constant(-1.0)
+        return m.play(env, jax.random.key(0), players, jnp.zeros(3), 9, gamma)
+
+    for fall_at, length in ((99, 5), (3, 3)):
         for gamma in (1.0, 0.5):
-            got = m.play(
-                env, jax.random.key(0), (constant(1.0), constant(-1.0)), jnp.zeros(3), 9, gamma
-            )
-            np.testing.assert_allclose(got, 1.5 * sum(gamma**i for i in range(length)), rtol=1e-6)
+            want = 1.5 * sum(gamma**i for i in range(length))
+            np.testing.assert_allclose(play(fall_at, gamma), want, rtol=1e-6)
 
 
 def test_grid_sets_the_physics_of_each_cell():
@@ -98,10 +130,9 @@ def test_each_learns_in_its_own_turns_from_its_own_rows(adversary):
         # What the own action did not pay, the opponent's did: |r - sign * own| <= 1 only with the right sign.
         other = sign * data.reward[:size] - sign * data.action[:size, 0]
         assert np.abs(other).max() <= 1 + 1e-5
-        assert not np.allclose(
-            after.state.params["actor"][0]["w"], before.state.params["actor"][0]["w"]
-        )
-        want = data.temperature[:size] / 0.05
+        shrunk = 0.9 ** int(after.state.updates) * before.state.params["w"]
+        np.testing.assert_allclose(after.state.params["w"], shrunk, rtol=1e-5)
+        want = data.temperature[:size]
         np.testing.assert_allclose(data.obs[:size, 1], want, rtol=1e-5)
         np.testing.assert_allclose(data.next_obs[:size, 1], want, rtol=1e-5)
         # One temperature an environment and iteration, the same in both turns.
@@ -117,14 +148,14 @@ def test_each_learns_in_its_own_turns_from_its_own_rows(adversary):
 
 
 def test_best_response_trains_only_the_fresh_adversary_against_a_greedy_protagonist():
-    exp, _ = built()
+    exp, _ = built("sac_adaptive")
     first = exp.init(jax.random.key(0))
     state, _ = jax.jit(exp.phases[1].step)(first)
     for name in ("protagonist", "adversary", "teacher"):
         pairs = zip(*(jax.tree.leaves(getattr(s, name)) for s in (state, first)), strict=True)
         assert all(np.array_equal(a, b) for a, b in pairs)
     data = state.fresh.replay.data
-    greedy = small(2, 1, "learned").act(
+    greedy = simple(2, 1, "learned").act(
         first.protagonist.state, jax.random.key(0), data.obs[: E * H], greedy=True
     )
     np.testing.assert_allclose(
@@ -139,23 +170,38 @@ def test_best_response_trains_only_the_fresh_adversary_against_a_greedy_protagon
         ("linear", "sac_adaptive", (0.05, 0.0255, 0.001), (1, 1, 1)),
         ("step", "sac_adaptive", (0.05, 0.001, 0.001), (1, 1, 1)),
         ("none", "constant_temp", (0.05, 0.05, 0.05), (1, 1, 1)),
-        ("none", "sac", (0, 0, 0), (1, 1, 1)),
-        ("force", "sac", (0, 0, 0), (0.1, 0.55, 1)),
+        ("none", "sac", (-1, -1, -1), (1, 1, 1)),
+        ("gamma", "sac", (-1, -1, -1), (1, 1, 1)),
+        ("force", "sac", (-1, -1, -1), (0.1, 0.55, 1)),
     ],
 )
 def test_schedules(teacher, adversary, temps, force):
     config = config_of(teacher=teacher, adversary=adversary, iterations=3)
-    state = tt.teacher_init(50.0, config.gamma)
+    plan = m.make_plan(config)
+    shown = teacher in ("linear", "step")
     for i in range(3):
-        got, share = m.schedule(config, jnp.int32(i), jax.random.key(0), state)
+        got, seen, share = schedule(plan, jnp.int32(i), jax.random.key(0), jnp.float32(50))
         np.testing.assert_allclose(got, np.full(E, temps[i]), rtol=1e-5, atol=1e-8)
+        np.testing.assert_array_equal(seen, got * shown)
         np.testing.assert_allclose(share, force[i], rtol=1e-5)
+    hidden = m.make_plan(config._replace(visible=False))
+    assert not schedule(hidden, jnp.int32(0), jax.random.key(0), jnp.float32(50))[1].any()
+
+
+def test_the_gamma_teachers_temperatures_are_drawn_around_its_mean_and_shown():
+    plan = m.make_plan(config_of())
+    got, seen, share = schedule(plan, jnp.int32(1), jax.random.key(0), jnp.float32(50))
+    np.testing.assert_array_equal(got, seen)
+    assert len(np.unique(got)) == E
+    assert 0.03 < got.mean() < 0.07  # 0.05, standard deviation 0.007 / 2
+    assert share == 1
 
 
 @pytest.mark.slow
 def test_the_adversary_of_a_one_step_game_learns_to_push_against():
     """It is paid push - action: the best response is push = +1, a cooperative one -1; the protagonist's is +1."""
-    agent = partial(small, lr_actor=1e-2, lr_critic=1e-2, init_temperature=0.01)
+    agent = partial(sac, hidden=(16,), lr_actor=1e-2, lr_critic=1e-2, init_temperature=0.01)
+    agent = lambda o, a, t, make=agent: make(o, a, temperature=t)  # noqa: E731
     config = config_of(horizon=1, num_envs=16, steps_per_update=8, batch_size=64, capacity=4000,
                        learning_starts=64, adversary="sac")  # fmt: skip
     exp = duel_of(config, agent=agent)
@@ -169,12 +215,12 @@ def test_the_adversary_of_a_one_step_game_learns_to_push_against():
     state = run(state, 1, 150)
     shown = jnp.zeros((1, 2))
     for player in (state.protagonist, state.adversary, state.fresh):
-        act = agent(2, 1, "learned").act(player.state, jax.random.key(0), shown, greedy=True)
+        act = sac(2, 1, hidden=(16,)).act(player.state, jax.random.key(0), shown, greedy=True)
         assert float(act[0, 0]) > 0.8
 
 
 def test_a_networks_nan_reaches_the_loss_that_the_runner_watches():
-    exp, step = built()
+    exp, step = built("sac_adaptive")
     for name in ("protagonist", "adversary"):
         state = exp.init(jax.random.key(0))
         player = getattr(state, name)
