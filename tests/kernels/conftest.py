@@ -3,11 +3,12 @@
 import jax
 import pytest
 
-NAMES = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+# Half of the interpreted cases a day: they are most of the time of all tests.
+INTERPRETED = [pytest.param(n, marks=pytest.mark.rotates(2)) for n in ("pallas_gpu", "pallas_tpu")]
 NATIVE = {"cpu": (), "gpu": ("pallas_gpu",), "tpu": ("pallas_tpu",)}
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=["reference", "xla", *INTERPRETED])
 def run(request):
     """run(op, impls, *args, **options): the operation by one implementation.
 

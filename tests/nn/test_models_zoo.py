@@ -34,6 +34,7 @@ def test_patches_times_kernel_is_the_convolution(size, stride):
     ("model", "module"),
     [(mlp(DEEP), lambda r: MLP(DEEP, rngs=r)), (cnn(), lambda r: CNN((8, 16, 16), rngs=r))],
 )
+@pytest.mark.slow
 def test_pure_apply_chain_and_module_agree(model, module):
     params = model.init(jax.random.key(0))
     net = module(nnx.Rngs(params=jax.random.key(0)))

@@ -133,7 +133,8 @@ def found_codes(state, t):
     ]
 
 
-SLOW_CASES = (
+WALKS = (
+    ("flexround", "block", "fp"),
     ("gptq", "layer", "fp"),
     ("rtn", "layer", "fp"),
     ("gptq", "layer", "same"),
@@ -143,13 +144,8 @@ SLOW_CASES = (
 )
 
 
-@pytest.mark.parametrize(
-    ("name", "unit", "target"),
-    [
-        ("flexround", "block", "fp"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "unit", "target"), WALKS)
 def test_the_walk_gives_the_codes_of_a_plain_python_walk(name, unit, target):
     exp = experiment(name, TASKS[:2], unit=unit, target=target)
     key = jax.random.key(7)

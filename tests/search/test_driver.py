@@ -206,6 +206,7 @@ def test_lookahead_counts_its_nodes_and_keeps_costs():
         slow(2, "lifo", 136, 136),
     ],
 )
+@pytest.mark.slow
 def test_node_ratio_with_exact_values_on_lights_out(depth, tie, low, high):
     """A*/Q* generated nodes with exact values: A with LIFO ties; with FIFO 5.2 and 31 over all states."""
     d = domain("lightsout4", depth)
@@ -248,6 +249,7 @@ def test_start_is_goal():
         )
 
 
+@pytest.mark.slow
 def test_every_way_to_fail_has_a_name():
     d = domain("puzzle8")
     h = Partial(lambda w, enc: enc @ w, jnp.asarray(d.admissible))

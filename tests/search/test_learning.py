@@ -144,6 +144,7 @@ def arm(config, name):
     return c
 
 
+@pytest.mark.slow
 def test_smoke_arms_are_optimal_and_count_deterministically():
     module, config = study("smoke", eval_states=20, block=10)
     costs = {}
