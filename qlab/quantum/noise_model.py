@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from qlab.lab.errors import UserError, nearest
 from qlab.quantum import ptm as pt
@@ -72,9 +73,12 @@ class _Kind(NamedTuple):
 
 def _flip(x, y, z):
     """A Pauli with probability p shrinks the other two by 1 - 2 p; x, y, z say which shrink."""
-    return lambda p, k: pt.ptm_shrink(
-        *(1 - 2 * jnp.asarray(p) * on + 0 * jnp.asarray(p) for on in (x, y, z))
-    )
+
+    def ptm(p, k):
+        p = jnp.asarray(p) * 1.0
+        return pt.ptm_shrink(1 - 2 * x * p, 1 - 2 * y * p, 1 - 2 * z * p)
+
+    return ptm
 
 
 def _phase_damping(gamma, k):
@@ -83,7 +87,8 @@ def _phase_damping(gamma, k):
 
 
 def _thermal(duration, t1, t2, k, excited=0.0):
-    return pt.ptm_thermal(*(jnp.asarray(x) * 1.0 for x in (duration, t1, t2)), excited)
+    duration, t1, t2 = (jnp.asarray(x) * 1.0 for x in (duration, t1, t2))
+    return pt.ptm_thermal(duration, t1, t2, excited)
 
 
 KINDS = {
@@ -214,7 +219,7 @@ def _channel(data: Any, where: str, k: int | None) -> Channel:
 
 
 def _known(value: Any) -> bool:
-    return not isinstance(value, jax.core.Tracer)
+    return not isinstance(value, Tracer)
 
 
 def _check(value: Any, bound: float, where: str) -> None:
@@ -241,7 +246,7 @@ def _pair(value: Any, where: str) -> tuple[Any, Any]:
 
 def _kraus(data: Any, where: str, k: int | None) -> np.ndarray | jax.Array:
     """c[m, 2^q, 2^q], checked for shape and sum K^dagger K = 1 (to 1e-6)."""
-    if isinstance(data, jax.core.Tracer):
+    if isinstance(data, Tracer):
         return data
     try:
         ops = np.stack(

@@ -6,11 +6,16 @@ marginal of their wires.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pennylane as qml
+from jax.core import Tracer
 from pennylane import measurements as pm
+from pennylane.ops import SProd, Sum
 from pennylane.pauli import PauliSentence
 from pennylane.wires import Wires
 
@@ -19,6 +24,27 @@ from qlab.quantum import noise_model as nm
 from qlab.quantum import ptm as pt
 
 HERMITIAN_TOL = 1e-5  # of an observable, relative to its largest entry: a float32 matrix passes
+
+# One program per place instead of one per primitive, for circuits that run without jit.
+apply_kraus = jax.jit(pt.apply_kraus_ptm, static_argnums=2)
+apply_ptm = jax.jit(pt.apply_ptm, static_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _probs(r: jax.Array, wires: tuple[int, ...]) -> jax.Array:
+    return pt.z_probabilities(pt.marginal(r, wires))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _density(r: jax.Array, wires: tuple[int, ...]) -> jax.Array:
+    return pt.density_of_ptm(pt.marginal(r, wires))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _mean(matrix: jax.Array, r: jax.Array, wires: tuple[int, ...]) -> jax.Array:
+    """Tr(A rho) of a Hermitian A c[2^k, 2^k] on `wires`."""
+    coords = pt.ptm_of_density(matrix) / matrix.shape[0]
+    return coords.astype(r.dtype) @ pt.marginal(r, wires)
 
 
 def is_measurable(obs) -> bool:
@@ -39,11 +65,11 @@ def readout(r: jax.Array, order: Wires, noise: nm.NoiseModel) -> jax.Array:
     """r as the detectors see it: every Pauli string measured in its own basis, each factor misread."""
     if nm.has_readout(noise):
         for q, wire in enumerate(order):
-            r = pt.apply_ptm(r, nm.readout_ptm(noise, wire).astype(r.dtype), (q,))
+            r = apply_ptm(r, nm.readout_ptm(noise, wire).astype(r.dtype), (q,))
     return r
 
 
-def rotate(mps, r: jax.Array, order: Wires) -> jax.Array:
+def rotate(mps: Any, r: jax.Array, order: Wires) -> jax.Array:
     """r in the basis in which the observables of `mps` (commuting qubit by qubit, or on separate wires) are diagonal."""
     letters, gates = {}, []
     for mp in mps:
@@ -57,48 +83,51 @@ def rotate(mps, r: jax.Array, order: Wires) -> jax.Array:
     cplx = jnp.result_type(r.dtype, jnp.complex64)
     for gate in gates:
         matrix = jnp.asarray(gate.matrix(), cplx)
-        r = pt.apply_kraus_ptm(r, matrix[None], places(gate.wires, order))
+        r = apply_kraus(r, matrix[None], places(gate.wires, order))
     return r
 
 
-def measure(mp, r: jax.Array, read: jax.Array, order: Wires, noise: nm.NoiseModel):
+def measure(mp: Any, r: jax.Array, read: jax.Array, order: Wires, noise: nm.NoiseModel):
     """The exact value of one measurement; `read` is `readout` of r."""
     noisy = nm.has_readout(noise)
     if isinstance(mp, pm.ExpectationMP) and mp.obs is not None:
         return expval(mp.obs, r, read, order, noise)
     if isinstance(mp, pm.VarianceMP) and mp.obs is not None:
-        rep = mp.obs.pauli_rep
+        obs: Any = mp.obs
+        rep = obs.pauli_rep
         if rep is not None and (len(rep) == 1 or not noisy):
             return _sentence(rep @ rep, read, order) - _sentence(rep, read, order) ** 2
         if not noisy:
-            matrix = _matrix(mp.obs)
-            mean = _matrix_mean(matrix, mp.obs.wires, r, order)
-            return _matrix_mean(matrix @ matrix, mp.obs.wires, r, order) - mean**2
+            matrix = _matrix(obs)
+            wires = places(obs.wires, order)
+            return _mean(matrix @ matrix, r, wires) - _mean(matrix, r, wires) ** 2
     if isinstance(mp, (pm.ExpectationMP, pm.VarianceMP)):
         return _in_eigenbasis(mp, r, order, noise)
     if isinstance(mp, pm.ProbabilityMP):
         if mp.obs is not None:
             read = readout(rotate([mp], r, order), order, noise)
-        return pt.z_probabilities(pt.marginal(read, places(mp.wires or order, order)))
+        return _probs(read, places(mp.wires or order, order))
     wires = mp.wires or order
-    rho = pt.density_of_ptm(pt.marginal(r, places(wires, order)))
+    rho = _density(r, places(wires, order))
     if isinstance(mp, pm.StateMP):
         return rho
     number = {w: i for i, w in enumerate(wires)}  # PennyLane's entropies know no labels
     return mp.map_wires(number).process_density_matrix(rho, Wires(range(len(wires))))
 
 
-def expval(obs, r: jax.Array, read: jax.Array, order: Wires, noise: nm.NoiseModel) -> jax.Array:
+def expval(
+    obs: Any, r: jax.Array, read: jax.Array, order: Wires, noise: nm.NoiseModel
+) -> jax.Array:
     """<obs>, of sums term by term."""
     if obs.pauli_rep is not None:
         return _sentence(obs.pauli_rep, read, order)
-    if isinstance(obs, qml.ops.Sum):
-        return sum(expval(term, r, read, order, noise) for term in obs.operands)
-    if isinstance(obs, qml.ops.SProd):
-        return obs.scalar * expval(obs.base, r, read, order, noise)
+    if isinstance(obs, Sum):
+        return jnp.stack([expval(term, r, read, order, noise) for term in obs.operands]).sum()
+    if isinstance(obs, SProd):
+        return jnp.asarray(obs.scalar) * expval(obs.base, r, read, order, noise)
     if nm.has_readout(noise):
         return _in_eigenbasis(qml.expval(obs), r, order, noise)
-    return _matrix_mean(_matrix(obs), obs.wires, r, order)
+    return _mean(_matrix(obs), r, places(obs.wires, order))
 
 
 def _in_eigenbasis(mp, r, order: Wires, noise: nm.NoiseModel) -> jax.Array:
@@ -106,7 +135,7 @@ def _in_eigenbasis(mp, r, order: Wires, noise: nm.NoiseModel) -> jax.Array:
     if mp.obs is not None:
         _matrix(mp.obs)  # checks that it is Hermitian
     read = readout(rotate([mp], r, order), order, noise)
-    probs = pt.z_probabilities(pt.marginal(read, places(mp.wires, order)))
+    probs = _probs(read, places(mp.wires, order))
     values = jnp.asarray(mp.eigvals()).real.astype(probs.dtype)
     mean = probs @ values
     return probs @ values**2 - mean**2 if isinstance(mp, pm.VarianceMP) else mean
@@ -139,13 +168,8 @@ def _matrix(obs) -> jax.Array:
     return matrix
 
 
-def _matrix_mean(matrix: jax.Array, wires, r: jax.Array, order: Wires) -> jax.Array:
-    coords = pt.ptm_of_density(matrix) / matrix.shape[0]
-    return coords.astype(r.dtype) @ pt.marginal(r, places(wires, order))
-
-
 def _refuse_non_hermitian(a: jax.Array, adjoint: jax.Array, obs) -> None:
-    if isinstance(a, jax.core.Tracer):
+    if isinstance(a, Tracer):
         return
     gap = float(abs(a - adjoint).max())
     if gap > HERMITIAN_TOL * max(float(abs(a).max()), 1.0):
