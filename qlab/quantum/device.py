@@ -12,7 +12,7 @@ Without jit every operation is dispatched alone: wrap the QNode in jax.jit where
 Supported: every operation with a matrix on up to 4 wires (QubitUnitary and its like on any number; others are
   decomposed by PennyLane; with a noise model down to 1 and 2 qubits, but for gates that the model names),
   PennyLane's qubit channels, StatePrep and BasisState at the start, QubitDensityMatrix anywhere; expval and var of
-  Pauli words, sums, products, Hermitian, Projector, Hadamard and (analytic) SparseHamiltonian; probs, state and density_matrix
+  Pauli words, sums, products, Hermitian, Projector, Hadamard and (analytic, no readout errors) SparseHamiltonian; probs, state and density_matrix
   (both density matrices), purity, vn_entropy, mutual_info; with shots sample, counts, probs, expval and var, shot vectors too;
   broadcast parameters of gates (vmapped). Mid-circuit measurements are deferred by PennyLane where there is no noise.
 Not supported, each with one line that says so: backprop outside JAX (autograd and torch get parameter-shift), gradients
@@ -25,7 +25,7 @@ Shots come from `seed` (an int, or a JAX key, which may be traced): the k-th cir
   fold_in(seed, k). Inside jit k is fixed when tracing, so there give a key: qml.device(..., seed=key) inside the function.
 
 PennyLane's device test suite (0.45.1) passes with x64, analytic and with 200,000 shots, but for two groups
-(tests/quantum/test_device.py has the commands): its backprop tests through autograd and torch, which are refused as said
+(tests/quantum/test_device_plugin.py has the commands): its backprop tests through autograd and torch, which are refused as said
 above; and test_backprop_state, test_BasisRotation, test_FlipSign and test_MottonenStatePreparation_state, which read
 state() as a state vector unless "mixed" is in the device's name. Under such a name they pass or are skipped, as for
 default.mixed. The suite itself skips what asks for the legacy device interface, for shots or for their absence, or for qutrits.
@@ -48,6 +48,7 @@ from pennylane.devices import Device, ExecutionConfig
 from pennylane.devices import preprocess as pre
 from pennylane.devices.modifiers import simulator_tracking, single_tape_support
 from pennylane.math import Interface, get_interface
+from pennylane.measurements import CountsMP
 from pennylane.operation import Channel, StatePrepBase
 from pennylane.transforms import split_non_commuting
 from pennylane.wires import Wires
@@ -168,7 +169,7 @@ class PTMDevice(Device):
         program.add_transform(pre.validate_measurements, name=self.name)
         program.add_transform(
             pre.validate_observables,
-            stopping_condition=mm.is_measurable,
+            stopping_condition=mm.is_sampled if nm.has_readout(self.noise) else mm.is_measurable,
             stopping_condition_shots=mm.is_sampled,
             name=self.name,
         )
@@ -260,6 +261,8 @@ def _run(tape, device_wires, noise: nm.NoiseModel, key, to_jax: bool):
         out = jax.tree.map(lambda x: x if isinstance(x, Tracer) else np.asarray(x), out)
     if not tape.shots:
         return out[0] if len(out) == 1 else out
+    if isinstance(out, Tracer) and any(isinstance(mp, CountsMP) for mp in tape.measurements):
+        raise UserError("counts gives a dict, which jit and vmap cannot; use sample or probs there")
     parts = []
     for lower, upper in tape.shots.bins():
         part = tuple(

@@ -49,12 +49,14 @@ def _mean(matrix: jax.Array, r: jax.Array, wires: tuple[int, ...]) -> jax.Array:
 
 def is_measurable(obs) -> bool:
     """Whether an observable has a value without shots."""
-    return is_sampled(obs) or getattr(obs, "has_sparse_matrix", False)
+    return obs.pauli_rep is not None or obs.has_matrix or getattr(obs, "has_sparse_matrix", False)
 
 
 def is_sampled(obs) -> bool:
-    """Whether an observable can be measured with shots."""
-    return obs.pauli_rep is not None or obs.has_matrix
+    """Whether an observable has an eigenbasis to turn into, for shots and readout errors."""
+    if isinstance(obs, (Sum, SProd)) and obs.pauli_rep is None:
+        return all(is_sampled(o) for o in (obs.operands if isinstance(obs, Sum) else (obs.base,)))
+    return obs.pauli_rep is not None or obs.has_diagonalizing_gates
 
 
 def places(wires, order: Wires) -> tuple[int, ...]:

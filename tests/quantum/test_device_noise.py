@@ -324,6 +324,10 @@ def test_too_many_wires():
         PTMDevice(30)
 
 
+def sparse():
+    return qml.expval(qml.SparseHamiltonian(qml.Z(0).sparse_matrix(), [0]))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -333,6 +337,7 @@ def test_too_many_wires():
         (lambda: qml.sample(wires=0), qml.exceptions.DeviceError, "not accepted for analytic"),
         (lambda: qml.classical_shadow([0]), qml.exceptions.DeviceError, "not accepted"),
         (lambda: qml.expval(qml.measure(0)), UserError, "no mid-circuit measurements"),
+        (sparse, qml.exceptions.DeviceError, r"not supported on qlab\.ptm"),
     ],
 )
 def test_what_is_not_supported_says_so(make, error, message):
@@ -344,7 +349,17 @@ def test_what_is_not_supported_says_so(make, error, message):
         qml.QNode(circuit, PTMDevice(2, noise="zne_device"))()
 
 
-def test_state_with_shots_and_other_mcm_methods_are_refused():
+def test_counts_under_jit_state_with_shots_and_other_mcm_methods_are_refused():
+    @qml.set_shots(5)
+    @qml.qnode(PTMDevice(1), interface="jax", diff_method=None)
+    def counts(x):
+        qml.RX(x, 0)
+        return qml.counts()
+
+    assert counts(0.0) == {"0": 5}
+    with pytest.raises(UserError, match="use sample or probs"):
+        jax.jit(counts)(0.0)
+
     @qml.set_shots(5)
     @qml.qnode(PTMDevice(1))
     def circuit():
