@@ -9,26 +9,30 @@ with JAX's x64. A gate acts through its matrix, a channel through its Kraus oper
 channels of the noise model (qlab.quantum.noise_model). Traced parameters stay traced, so one jit serves all values.
 Without jit every operation is dispatched alone: wrap the QNode in jax.jit where speed matters.
 
-Supported: every operation with a matrix on up to 4 wires (QubitUnitary and its like on any number; others are
-  decomposed by PennyLane; with a noise model down to 1 and 2 qubits, but for gates that the model names),
-  PennyLane's qubit channels, StatePrep and BasisState at the start, QubitDensityMatrix anywhere; expval and var of
-  Pauli words, sums, products, Hermitian, Projector, Hadamard and (analytic, no readout errors) SparseHamiltonian; probs, state and density_matrix
-  (both density matrices), purity, vn_entropy, mutual_info; with shots sample, counts, probs, expval and var, shot vectors too;
-  broadcast parameters of gates (vmapped). Mid-circuit measurements are deferred by PennyLane where there is no noise.
-Not supported, each with one line that says so: backprop outside JAX (autograd and torch get parameter-shift), gradients
-  with shots other than parameter-shift, postselection, mid-circuit measurements under noise, classical shadows, state
-  measurements with shots. counts gives a dict and so cannot be jitted. Parameters of channels do not broadcast in
-  PennyLane; use jax.vmap. A traced observable is not checked for being Hermitian.
+Supported
+  operations: all with a matrix, on up to 4 wires (QubitUnitary, MultiControlledX and their like on any number; PennyLane
+    decomposes others, with a noise model down to 1 and 2 qubits but for gates that the model names); PennyLane's qubit
+    channels; StatePrep and BasisState at the start, QubitDensityMatrix anywhere; broadcast parameters of gates (vmapped)
+  observables: Pauli words, their sums and products, Hermitian, Projector, Hadamard and products and sums of these;
+    SparseHamiltonian without shots and without readout errors
+  measurements: expval, var, probs; state and density_matrix (both density matrices), purity, vn_entropy, mutual_info;
+    with shots expval, var, probs, sample, counts, and shot vectors. PennyLane defers mid-circuit measurements, on wires
+    that are free, where there is no noise.
+Not supported, each with one line that says so: backprop outside JAX (autograd and torch get parameter-shift) or with
+  shots, postselection, mid-circuit measurements under noise, classical shadows, state measurements with shots, counts
+  under jit. Parameters of channels do not broadcast in PennyLane; use jax.vmap. What is traced is not checked (numbers of
+  a noise model, an observable for being Hermitian).
 Readout errors act on the outcomes of probs, expval, var and shots. A sum's expectation is that of its terms, each Pauli
   string misread in its own basis; anything else is measured in its eigenbasis. state and entropies never see them.
 Shots come from `seed` (an int, or a JAX key, which may be traced): the k-th circuit a device runs draws with
   fold_in(seed, k). Inside jit k is fixed when tracing, so there give a key: qml.device(..., seed=key) inside the function.
 
-PennyLane's device test suite (0.45.1) passes with x64, analytic and with 200,000 shots, but for two groups
-(tests/quantum/test_device_plugin.py has the commands): its backprop tests through autograd and torch, which are refused as said
-above; and test_backprop_state, test_BasisRotation, test_FlipSign and test_MottonenStatePreparation_state, which read
-state() as a state vector unless "mixed" is in the device's name. Under such a name they pass or are skipped, as for
-default.mixed. The suite itself skips what asks for the legacy device interface, for shots or for their absence, or for qutrits.
+PennyLane's device test suite (0.45.1) passes with x64, analytic and with 200,000 shots, but for two groups (the commands
+are in tests/quantum/test_device_plugin.py): its backprop tests through autograd and torch, refused as said above; and
+test_backprop_state, test_BasisRotation, test_FlipSign and test_MottonenStatePreparation_state, which read state() as a
+state vector unless "mixed" is in the device's name. Under such a name they pass or are skipped, as for default.mixed.
+The suite itself skips what asks for the legacy device interface, for shots or for their absence, for torch or for
+qutrits; gates for continuous variables and a custom MeasurementTransform are among its expected failures.
 """
 
 from __future__ import annotations
