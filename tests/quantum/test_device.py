@@ -258,6 +258,7 @@ def test_jit_traces_once_and_vmap_and_broadcasting_agree():
     def circuit(x, p):
         traces.append(None)
         qml.RX(x, 0)
+        qml.Rot(x, p, 0.2, 1)  # one of three parameters in a batch
         qml.CRY(p, [0, 1])
         qml.AmplitudeDamping(p, 1)
         return qml.expval(qml.Z(1)), qml.probs(wires=[1, 0])

@@ -351,12 +351,13 @@ def test_what_is_not_supported_says_so(make, error, message):
 
 def test_counts_under_jit_state_with_shots_and_other_mcm_methods_are_refused():
     @qml.set_shots(5)
-    @qml.qnode(PTMDevice(1), interface="jax", diff_method=None)
+    @qml.qnode(PTMDevice(2), interface="jax", diff_method=None)
     def counts(x):
         qml.RX(x, 0)
+        qml.CNOT([1, 0])
         return qml.counts()
 
-    assert counts(0.0) == {"0": 5}
+    assert counts(jnp.asarray(np.pi)) == {"10": 5}  # the first wire is the left digit
     with pytest.raises(UserError, match="use sample or probs"):
         jax.jit(counts)(0.0)
 
