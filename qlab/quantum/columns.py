@@ -218,10 +218,5 @@ def noisy_coordinates(columns: Columns, n: int, phi: jax.Array, depol: float) ->
 
 
 def noisy_probabilities(columns: Columns, n: int, phi: jax.Array, depol: float) -> jax.Array:
-    """f[2^n] of the outcomes of the noisy circuit: a Hadamard transform of its Z strings."""
-    r = noisy_coordinates(columns, n, phi, depol).reshape((4,) * n)
-    for q in range(n):
-        r = r.take(jnp.array([0, 3]), axis=q)
-    z_strings = r.reshape(2**n)
-    transform = functools.reduce(np.kron, [np.array([[1.0, 1], [1, -1]]) / 2] * n)
-    return jnp.asarray(transform, phi.dtype) @ z_strings
+    """f[2^n] of the outcomes of the noisy circuit."""
+    return pt.z_probabilities(noisy_coordinates(columns, n, phi, depol))

@@ -39,11 +39,16 @@ def param_shift_grad(f: Callable[[jax.Array], jax.Array], phi: jax.Array) -> jax
     return shift_jacobian(lambda x, _: f(x), phi, jax.random.key(0))
 
 
-def sample_bits(key: jax.Array, probs: jax.Array, n: int, shots: int) -> jax.Array:
-    """f[n]: means of Z over `shots` joint outcomes drawn from probs f[2^n] (all qubits of one run together)."""
+def sample_outcomes(key: jax.Array, probs: jax.Array, shots: int) -> jax.Array:
+    """i[shots]: joint outcomes drawn from probs f[2^n], which need not be normalised."""
     total = jnp.cumsum(probs)
     drawn = jax.random.uniform(key, (shots,), probs.dtype) * total[-1]
-    outcome = jnp.minimum(jnp.searchsorted(total, drawn, side="right"), probs.size - 1)
+    return jnp.minimum(jnp.searchsorted(total, drawn, side="right"), probs.size - 1)
+
+
+def sample_bits(key: jax.Array, probs: jax.Array, n: int, shots: int) -> jax.Array:
+    """f[n]: means of Z over `shots` joint outcomes drawn from probs f[2^n] (all qubits of one run together)."""
+    outcome = sample_outcomes(key, probs, shots)
     return jnp.asarray(col.z_signs(n), probs.dtype)[:, outcome].mean(1)
 
 

@@ -122,10 +122,9 @@ def channel(kind: str, lam: jax.Array, k: int) -> jax.Array:
     if kind == "depol":
         return pt.ptm_depolarizing(lam_to_p(lam, k), k)
     if kind == "ampdamp":
-        one = jnp.diag(jnp.stack([jnp.ones_like(lam), *[jnp.sqrt(1 - lam)] * 2, 1 - lam]))
-        one = one.at[3, 0].set(lam)
+        one = pt.ptm_damping(lam)
     elif kind == "dephase":
-        one = jnp.diag(jnp.stack([jnp.ones_like(lam), 1 - lam, 1 - lam, jnp.ones_like(lam)]))
+        one = pt.ptm_shrink(1 - lam, 1 - lam, jnp.ones_like(lam))
     elif kind == "thermal":
         one = pt.ptm_thermal(-jnp.log1p(-lam), jnp.ones_like(lam), T2_OVER_T1 * jnp.ones_like(lam))
     else:

@@ -71,6 +71,19 @@ def ptm_rotation(axis: int, angle: jax.Array) -> jax.Array:
     return jnp.eye(4, dtype=c.dtype) - plane + c * plane + s * skew
 
 
+def ptm_damping(gamma: jax.Array) -> jax.Array:
+    """f[4, 4]: |1> decays to |0> with probability gamma."""
+    gamma = jnp.asarray(gamma)
+    one = jnp.ones_like(gamma)
+    keep = jnp.sqrt(1 - gamma)
+    return jnp.diag(jnp.stack([one, keep, keep, 1 - gamma])).at[3, 0].set(gamma)
+
+
+def ptm_shrink(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    """f[4, 4]: a unital diagonal channel; the Pauli expectations are multiplied by x, y, z."""
+    return jnp.diag(jnp.stack([jnp.ones_like(x), x, y, z]))
+
+
 @functools.cache
 def cnot_ptm() -> np.ndarray:
     """f64[16, 16] of CNOT, control on the first of the two wires: a signed permutation."""
@@ -122,7 +135,79 @@ def apply_ptm(r: jax.Array, ptm: jax.Array, wires: tuple[int, ...]) -> jax.Array
     return jnp.moveaxis(out, tuple(range(k)), wires).reshape(r.shape)
 
 
+def apply_kraus_ptm(r: jax.Array, kraus: jax.Array, wires: tuple[int, ...]) -> jax.Array:
+    """Acts with K c[m, 2^k, 2^k] on `wires` of r f[4^n].
+
+    Up to two qubits go through their Pauli-transfer matrix. Wider maps would need 16^k numbers for it:
+    there the touched legs alone become those of a density matrix, and K acts from both sides.
+    """
+    k = len(wires)
+    if k <= 2:
+        return apply_ptm(r, ptm_of_kraus(kraus).astype(r.dtype), wires)
+    n, dim = round(np.log2(r.size) / 2), 2**k
+    basis = jnp.asarray(PAULIS, kraus.dtype)
+    legs = jnp.moveaxis(r.reshape((4,) * n), wires, tuple(range(k))).reshape((4,) * k + (-1,))
+    legs = legs.astype(kraus.dtype)
+    for _ in range(k):  # eats the first Pauli leg, appends a row and a column leg
+        legs = jnp.tensordot(legs, basis / 2, axes=((0,), (0,)))
+    rows, cols = tuple(range(1, 2 * k, 2)), tuple(range(2, 2 * k + 1, 2))
+    block = legs.transpose(rows + cols + (0,)).reshape(dim, dim, -1)
+    block = jnp.einsum("mab,bcr,mdc->adr", kraus, block, kraus.conj())
+    legs = block.reshape((2,) * (2 * k) + (-1,))
+    for q in range(k):
+        legs = jnp.tensordot(legs, basis, axes=((0, k - q), (2, 1)))
+    out = jnp.moveaxis(legs, 0, -1).real.astype(r.dtype).reshape((4,) * n)
+    return jnp.moveaxis(out, tuple(range(k)), wires).reshape(r.shape)
+
+
+# ---- From and to the other pictures -------------------------------------------------------------
+
+
 def ptm_of_density(rho: jax.Array) -> jax.Array:
-    """r f[4^n] of a density matrix c[2^n, 2^n] (dense basis: n <= 6 or so)."""
-    basis = jnp.asarray(pauli_basis(int(np.log2(rho.shape[0]))), rho.dtype)
-    return jnp.einsum("iab,ba->i", basis, rho).real
+    """r f[4^n], r_i = Tr(P_i rho), of a Hermitian matrix rho c[2^n, 2^n], one qubit at a time."""
+    n = round(np.log2(rho.shape[0]))
+    legs = rho.reshape((2,) * (2 * n))
+    basis = jnp.asarray(PAULIS, jnp.result_type(rho.dtype, jnp.complex64))
+    for q in range(n):  # eats the first row and column leg, appends a Pauli leg
+        legs = jnp.tensordot(legs, basis, axes=((0, n - q), (2, 1)))
+    return legs.reshape(4**n).real
+
+
+def density_of_ptm(r: jax.Array) -> jax.Array:
+    """rho c[2^n, 2^n] = sum_i r_i P_i / 2^n.
+
+    >>> density_of_ptm(zero_state(1)).real.tolist()
+    [[1.0, 0.0], [0.0, 0.0]]
+    """
+    n = round(np.log2(r.size) / 2)
+    basis = jnp.asarray(PAULIS / 2, jnp.result_type(r.dtype, jnp.complex64))
+    legs = r.reshape((4,) * n).astype(basis.dtype)
+    for _ in range(n):
+        legs = jnp.tensordot(legs, basis, axes=((0,), (0,)))
+    return legs.transpose((*range(0, 2 * n, 2), *range(1, 2 * n, 2))).reshape(2**n, 2**n)
+
+
+def marginal(r: jax.Array, wires: tuple[int, ...]) -> jax.Array:
+    """r f[4^k] of `wires`, in that order: the partial trace over all others of r f[4^n]."""
+    n = round(np.log2(r.size) / 2)
+    legs = r.reshape((4,) * n)[tuple(slice(None) if q in wires else 0 for q in range(n))]
+    kept = sorted(wires)
+    return legs.transpose([kept.index(w) for w in wires]).reshape(-1)
+
+
+def prepare(r: jax.Array, coords: jax.Array, wires: tuple[int, ...]) -> jax.Array:
+    """Puts `wires` of r f[4^n] into the state with coordinates f[4^k]; what they held is traced out."""
+    n, k = round(np.log2(r.size) / 2), len(wires)
+    rest = marginal(r, tuple(q for q in range(n) if q not in wires))
+    legs = jnp.outer(coords, rest).reshape((4,) * n)
+    return jnp.moveaxis(legs, tuple(range(k)), wires).reshape(r.shape)
+
+
+def z_probabilities(r: jax.Array) -> jax.Array:
+    """f[2^n] of the outcomes in the computational basis: a Hadamard transform of the Z strings."""
+    n = round(np.log2(r.size) / 2)
+    legs = r.reshape((4,) * n)[(slice(None, None, 3),) * n]
+    turn = jnp.asarray([[0.5, 0.5], [0.5, -0.5]], r.dtype)
+    for _ in range(n):
+        legs = jnp.tensordot(legs, turn, axes=((0,), (0,)))
+    return legs.reshape(2**n)

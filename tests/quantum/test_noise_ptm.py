@@ -197,3 +197,39 @@ def test_float32_is_kept():
 def test_unknown_noise_is_named():
     with pytest.raises(UserError, match="did you mean depol"):
         nz.channel("depo", 0.1, 1)
+
+
+def test_pictures_are_inverse_and_marginals_are_partial_traces():
+    rho = random_rho(9, 3)
+    r = pt.ptm_of_density(rho)
+    want = jnp.einsum("iab,ba->i", jnp.asarray(pt.pauli_basis(3)), rho).real
+    np.testing.assert_allclose(r, want, atol=1e-12)
+    np.testing.assert_allclose(pt.density_of_ptm(r), rho, atol=1e-12)
+    np.testing.assert_allclose(pt.z_probabilities(r), jnp.diag(rho).real, atol=1e-12)
+    legs = np.asarray(rho).reshape((2,) * 6)
+    swapped = np.einsum("abcdbf->cafd", legs).reshape(4, 4)  # qubits (2, 0)
+    np.testing.assert_allclose(pt.density_of_ptm(pt.marginal(r, (2, 0))), swapped, atol=1e-12)
+
+
+def test_prepare_traces_out_and_puts_in():
+    rho, new = random_rho(10, 3), random_rho(11, 2)
+    got = pt.prepare(pt.ptm_of_density(rho), pt.ptm_of_density(new), (2, 0))
+    np.testing.assert_allclose(pt.marginal(got, (2, 0)), pt.ptm_of_density(new), atol=1e-12)
+    kept = pt.marginal(pt.ptm_of_density(rho), (1,))
+    np.testing.assert_allclose(pt.marginal(got, (1,)), kept, atol=1e-12)
+    want = jnp.kron(kept, pt.ptm_of_density(new))
+    np.testing.assert_allclose(pt.marginal(got, (1, 2, 0)), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("wires", [(1,), (2, 0), (2, 0, 1), (1, 3, 0)])
+def test_kraus_through_pauli_coordinates(wires):
+    """Up to two qubits by the transfer matrix, three without it; both as on density matrices."""
+    n, k = 4, len(wires)
+    rng = np.random.default_rng(12)
+    a = jnp.asarray(
+        rng.standard_normal((2, 2**k, 2**k)) + 1j * rng.standard_normal((2, 2**k, 2**k))
+    )
+    rho = random_rho(13, n)
+    want = pt.ptm_of_density(nz.apply_kraus(rho, a, wires, n))
+    got = pt.apply_kraus_ptm(pt.ptm_of_density(rho), a, wires)
+    np.testing.assert_allclose(got, want, atol=1e-9)
