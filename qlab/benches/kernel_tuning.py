@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlab import ops
-from qlab.benches.kernel_cases import quantized
+from qlab.benches.kernel_cases import products, quantized
 from qlab.benches.measure import Tell, processor, seconds_per_call
 from qlab.kernels.common import dispatch, tuned
 from qlab.lab.errors import UserError
@@ -118,15 +118,14 @@ def weight_only(m: int, bits: int, s: dict[str, Any]) -> Job:
     qt = ops.pack(quantized(rng, n, k, bits, group))
     x = jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
     w = ops.dequantize(qt)
-    dot = jax.jit(lambda x, w: jnp.dot(x, w.T, preferred_element_type=jnp.float32))
-    pairs = [(x.astype(t), w.astype(t)) for t in (jnp.bfloat16, jnp.float32)]
+    plain = [products(x.astype(t), w.astype(t)) for t in (jnp.bfloat16, jnp.float32)]
     return Job(
         "weight_only_matmul",
         api.spec_of(m, k, n, bits=bits, group=group, kind="zero"),
         api.IMPLS,
         lambda impl: lambda x, qt: ops.matmul(x, qt, impl=impl),
         (x, qt),
-        tuple(lambda p=p: dot(*p) for p in pairs),
+        tuple(call for calls in plain for call in calls),
     )
 
 
