@@ -4,6 +4,7 @@ import html.parser
 import json
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -337,3 +338,11 @@ def test_axes_average_over_the_other_axes(tmp_path):
     assert "at most 8" in shown["problems"][0]
     assert "python -m qlab.run" in shown["problems"][0]
     assert len(shown["trials"]["rows"]) == 4
+
+
+def test_what_scrolls_sideways_keeps_hidden_words_inside():
+    """Words for screen readers are placed absolutely: out of a box without a position they widen the page."""
+    css = (Path(pages.__file__).parent / "templates" / "style.css").read_text()
+    for box in (".scroll", ".draw"):
+        (rule,) = [x for x in css.splitlines() if x.startswith(f"{box} {{") and "auto" in x]
+        assert "position: relative" in rule
