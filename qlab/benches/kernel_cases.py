@@ -14,7 +14,7 @@ import numpy as np
 
 from qlab import ops
 from qlab.benches import kernel_peers
-from qlab.benches.measure import seconds_per_call
+from qlab.benches.measure import bind, seconds_per_call
 from qlab.quantization.qtensor import QTensor
 
 
@@ -34,11 +34,6 @@ class Case(NamedTuple):
     truth: np.ndarray | None = None
     unchecked: tuple[str, ...] = ()
     absent: Mapping[str, str] = {}
-
-
-def bind(f: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    compiled = jax.jit(f)
-    return lambda: compiled(*args)
 
 
 def products(x: jax.Array, w: jax.Array) -> list[Callable[[], Any]]:
@@ -138,7 +133,6 @@ def sparse(m: int, s: dict[str, Any]) -> Case:
 
     k, n, bits, group = s["k"], s["n"], 4, 16
     rng = np.random.default_rng(m)
-    w = jnp.asarray(rng.normal(size=(n, k)), jnp.float32)
     mask = rng.random((n, k // group)) < 0.5
     dense = quantized(rng, n, k, bits, group)
     bsr = ops.group_sparse(dense, jnp.asarray(mask))

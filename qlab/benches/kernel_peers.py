@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from qlab.benches.measure import bind
+
 
 class Absent(Exception):
     """Why a peer cannot take part here."""
@@ -126,11 +128,15 @@ def torch_int8(xq: np.ndarray, codes: np.ndarray, x_scale: np.ndarray, w_scale: 
     return _torch_call(lambda a, b: torch._int_mm(a, b).float() * xs * ws, a, b)
 
 
-def _jitted(f: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    import jax
+def _small_integers(codes: np.ndarray, bits: int) -> Any:
+    """jnp.int4 or int8 of unsigned codes whose zero point is 2^(b-1)."""
+    import jax.numpy as jnp
 
-    compiled = jax.jit(f)
-    return lambda: compiled(*args)
+    if bits not in (4, 8):
+        raise Absent(f"XLA has int4 and int8, not {bits} bits")
+    return jnp.asarray(
+        codes.astype(np.int32) - 2 ** (bits - 1), jnp.int4 if bits == 4 else jnp.int8
+    )
 
 
 def xla_weight_only(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bits: int, group: int):
@@ -138,10 +144,7 @@ def xla_weight_only(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bits: i
     import jax
     import jax.numpy as jnp
 
-    if bits not in (4, 8):
-        raise Absent(f"XLA multiplies bf16 with 4 or 8 bits, not {bits}")
-    n, k = codes.shape
-    w = jnp.asarray(codes.astype(np.int32) - 2 ** (bits - 1), jnp.int4 if bits == 4 else jnp.int8)
+    (n, k), w = codes.shape, _small_integers(codes, bits)
 
     def f(x, w, scale):
         x, w = x.reshape(len(x), k // group, group), w.reshape(n, k // group, group)
@@ -149,7 +152,7 @@ def xla_weight_only(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bits: i
         y = jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=jnp.float32)
         return jnp.einsum("gmn,ng->mn", y, scale)
 
-    return _jitted(f, jnp.asarray(x, jnp.bfloat16), w, jnp.asarray(scale))
+    return bind(f, jnp.asarray(x, jnp.bfloat16), w, jnp.asarray(scale))
 
 
 def xla_int8(xq: np.ndarray, codes: np.ndarray, x_scale: np.ndarray, w_scale: np.ndarray):
@@ -163,7 +166,7 @@ def xla_int8(xq: np.ndarray, codes: np.ndarray, x_scale: np.ndarray, w_scale: np
         return y * scale
 
     x = jnp.asarray(xq * x_scale, jnp.bfloat16)
-    return _jitted(f, x, jnp.asarray(codes), jnp.asarray(w_scale.reshape(1, -1)))
+    return bind(f, x, jnp.asarray(codes), jnp.asarray(w_scale.reshape(1, -1)))
 
 
 def _qwix(x: Any, w: Any):
@@ -171,18 +174,15 @@ def _qwix(x: Any, w: Any):
 
     dims = (((1,), (1,)), ((), ()))
     dot = _need("qwix").dot_general
-    return _jitted(lambda x, w: dot(x, w, dims, preferred_element_type=jnp.float32), x, w)
+    return bind(lambda x, w: dot(x, w, dims, preferred_element_type=jnp.float32), x, w)
 
 
 def qwix_weight_only(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bits: int, group: int):
     """bf16 x with a QArray of int4 or int8 and a scale a group."""
     import jax.numpy as jnp
 
-    if bits not in (4, 8):
-        raise Absent(f"qwix has int4 and int8, not {bits} bits")
-    small = jnp.int4 if bits == 4 else jnp.int8
-    w = jnp.asarray(codes.astype(np.int32) - 2 ** (bits - 1), small)
-    q = _need("qwix").QArray(w, jnp.asarray(scale), None, small)
+    w = _small_integers(codes, bits)
+    q = _need("qwix").QArray(w, jnp.asarray(scale), None, w.dtype)
     return _qwix(jnp.asarray(x, jnp.bfloat16), q)
 
 

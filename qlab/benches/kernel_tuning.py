@@ -68,20 +68,24 @@ def search(job: Job, impl: str) -> tuple[dict[str, int], float] | None:
     return blocks, fastest
 
 
+def searched(impl: dispatch.Impl, job: Job) -> bool:
+    """XLA's forms have no blocks: their time says something only where a plain rival is timed beside."""
+    return impl.name.startswith("pallas") or (impl.name == "xla" and bool(job.plain))
+
+
 def tune(jobs: list[Callable[[], Job]], tell: Tell) -> None:
     """Searches every job on this device and merges what it found into the tables."""
     versions = {"jax": jax.__version__, "processor": processor()}
     date = datetime.date.today().isoformat()
     for make in jobs:
         job = make()
-        if all(i.name == "reference" or i.why_not(job.spec) for i in job.impls):
+        runnable = [i for i in job.impls if searched(i, job) and not i.why_not(job.spec)]
+        if not runnable:
             continue
         tell(f"tuning {job.op}: {job.spec.dims} {job.spec.options}")
         dense = min((best_s(f) for f in job.plain), default=None)
         records = []
-        for impl in job.impls:
-            if impl.name == "reference" or impl.why_not(job.spec):
-                continue
+        for impl in runnable:
             if (found := search(job, impl.name)) is None:
                 tell(f"  {impl.name} does not run")
                 continue
@@ -140,7 +144,7 @@ def int8(m: int, s: dict[str, Any]) -> Job:
     return Job(
         "int8_matmul",
         api.spec_of(m, k, n),
-        _with_blocks(api.IMPLS),
+        api.IMPLS,
         lambda impl: lambda *a: api.int8_matmul(*a, out_dtype=jnp.bfloat16, impl=impl),
         (x, w, *scales),
     )
@@ -159,7 +163,7 @@ def sparse(m: int, s: dict[str, Any]) -> Job:
     return Job(
         "group_sparse_matmul",
         api.spec_of(m, k, n, bsr.col_idx.shape[0], bits=bits, group=group),
-        _with_blocks(api.IMPLS),
+        api.IMPLS,
         lambda impl: lambda x, b: api.group_sparse_matmul(x, b, bits=bits, group=group, impl=impl),
         (x, bsr),
     )
@@ -173,7 +177,7 @@ def quantize_pack(s: dict[str, Any]) -> Job:
     return Job(
         "quantize_pack",
         api.spec_of(rows, k, **options),
-        _with_blocks(api.IMPLS),
+        api.IMPLS,
         lambda impl: lambda x: api.quantize_pack(x, impl=impl, **options),
         (x,),
     )
@@ -186,7 +190,7 @@ def hadamard_quantize(s: dict[str, Any]) -> Job:
     return Job(
         "hadamard_quantize",
         api.spec_of(*x.shape),
-        _with_blocks(api.IMPLS),
+        api.IMPLS,
         lambda impl: lambda x: api.hadamard_quantize(x, impl=impl),
         (x,),
     )
@@ -200,15 +204,10 @@ def log2_softmax(s: dict[str, Any]) -> Job:
     return Job(
         "log2_softmax_quantize",
         api.spec_of(*z.shape, bits=4, dtype="bfloat16"),
-        _with_blocks(api.IMPLS),
+        api.IMPLS,
         lambda impl: lambda z: api.log2_softmax_quantize(z, bits=4, impl=impl),
         (z,),
     )
-
-
-def _with_blocks(impls: tuple[dispatch.Impl, ...]) -> tuple[dispatch.Impl, ...]:
-    """XLA's forms have no blocks; only where a plain rival is timed beside does their time say something."""
-    return tuple(i for i in impls if i.name.startswith("pallas"))
 
 
 def jobs(s: dict[str, Any]) -> list[Callable[[], Job]]:

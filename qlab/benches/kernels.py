@@ -24,7 +24,7 @@ import numpy as np
 
 from qlab.benches import kernel_cases, kernel_tuning
 from qlab.benches.kernel_cases import Case
-from qlab.benches.measure import Number, Tell, find, interleave, ratio, seconds_per_call
+from qlab.benches.measure import Number, Tell, bind, find, interleave, ratio, seconds_per_call
 from qlab.kernels.common import dispatch
 from qlab.lab.experiment import Claim, Figure, Metric
 
@@ -105,7 +105,6 @@ def ceilings(s: dict[str, Any], tell: Tell) -> dict[str, float]:
     """Measured on this device: bytes a second of a copy, FLOP/s of f32, bf16 and int8 products."""
     tell("kernels: ceilings of this device")
     gpu = dispatch.here()[0] != "cpu"
-    bind = kernel_cases.bind
     big = jnp.ones(1 << (28 if gpu else 24), jnp.float32)  # far beyond the last cache
     side = 8192 if gpu else 1024
     rng = np.random.default_rng(0)

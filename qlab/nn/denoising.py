@@ -121,9 +121,8 @@ def training(
                 return optax.sigmoid_binary_cross_entropy(logits, x).mean()
             return ((jax.nn.sigmoid(logits) - x) ** 2).mean()
 
-        def loss_fn(
-            params,
-        ):  # a sum: each net gets the gradient of its own error, and Adam acts on each number
+        # A sum: each net gets the gradient of its own error, and Adam acts on each number.
+        def loss_fn(params):
             return sum(loss_of(net, params[name]) for name, net in nets.items())
 
         value, grads = jax.value_and_grad(loss_fn)(state.params)

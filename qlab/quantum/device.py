@@ -187,12 +187,14 @@ class PTMDevice(Device):
         results = []
         for tape in circuits:
             self._num_runs += 1
-            key = (
-                jax.random.key(self._key) if isinstance(self._key, (int, np.integer)) else self._key
-            )
-            key = jax.random.fold_in(key, self._num_runs) if tape.shots else None
+            key = self._key_of_run() if tape.shots else None
             results.append(_run(tape, self.wires, self.noise, key, to_jax))
         return tuple(results)
+
+    def _key_of_run(self) -> jax.Array:
+        seed = self._key
+        key = jax.random.key(seed) if isinstance(seed, (int, np.integer)) else seed
+        return jax.random.fold_in(key, self._num_runs)
 
 
 # ---- Before a circuit runs ----------------------------------------------------------------------
@@ -216,7 +218,7 @@ def _split_for_shots(tape):
 
 
 def _check_memory(n: int) -> None:
-    itemsize = jnp.zeros((), float).dtype.itemsize
+    itemsize = jnp.result_type(float).itemsize
     need = COPIES * itemsize * 4.0**n
     if need < 2**30:
         return
@@ -241,8 +243,8 @@ def _run(tape, device_wires, noise: nm.NoiseModel, key, to_jax: bool):
     def simulate(tape, key) -> Any:  # the results, or the samples i[shots, n]
         with jax.default_matmul_precision("highest"):
             r = _final_state(tape, order, noise)
-            read = mm.readout(r, order, noise)
             if not tape.shots:
+                read = mm.readout(r, order, noise)
                 return tuple(mm.measure(mp, r, read, order, noise) for mp in tape.measurements)
             r = mm.rotate(tape.measurements, r, order)
             probs = pt.z_probabilities(mm.readout(r, order, noise))
@@ -285,8 +287,7 @@ def _is_batched(param, info) -> bool:
 
 def _final_state(tape, order: Wires, noise: nm.NoiseModel) -> jax.Array:
     """r f[4^n] after all operations."""
-    real = jnp.zeros((), float).dtype
-    cplx = jnp.zeros((), complex).dtype
+    real, cplx = jnp.result_type(float), jnp.result_type(complex)
     r, after = pt.zero_state(len(order), real), {}
     for op in tape.operations:
         wires = tuple(order.index(w) for w in op.wires)
