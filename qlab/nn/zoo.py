@@ -10,10 +10,9 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +21,28 @@ import optax
 
 from qlab import data
 from qlab.lab.errors import UserError, nearest
-from qlab.nn.models import Model, cnn, mlp
+from qlab.nn.models import cnn, mlp
+from qlab.nn.vit import ViTSize, vit
 
 RECIPE_VERSION = 1  # raise it when training changes: old cache files are then no longer found
 
 
-class Recipe(NamedTuple):
-    """How a net of the zoo is made: Adam, one cosine to 0 after a short warm-up."""
+class Net(Protocol):
+    """What can be trained here: pure functions of a pytree of parameters."""
 
-    kind: str  # "mlp" | "cnn"
-    widths: tuple[int, ...]  # mlp: all widths; cnn: channels
+    def init(self, key: jax.Array) -> Any: ...
+    def apply(self, params: Any, x: Any) -> jax.Array: ...
+
+
+# A family makes a net of its sizes: mlp of all widths, cnn of channels, vit of a ViTSize.
+FAMILIES = {"mlp": mlp, "cnn": cnn, "vit": lambda sizes: vit(ViTSize(*sizes))}
+
+
+class Recipe(NamedTuple):
+    """How a net of the zoo is made: AdamW, one cosine to 0 after a short warm-up."""
+
+    kind: str  # a key of FAMILIES
+    widths: tuple[int, ...]  # its sizes
     dataset: str
     num_steps: int
     batch_size: int = 64
@@ -46,6 +57,8 @@ ZOO = {
     "digits_small": Recipe("mlp", (64, 24, 24, 10), "digits", 600),
     "digits_cnn": Recipe("cnn", (8, 16, 16), "digits", 800),
     "mnist_cnn": Recipe("cnn", (8, 16, 16), "mnist", 1200),
+    # A transformer of 16 tokens, width 64, four blocks.
+    "digits_vit": Recipe("vit", tuple(ViTSize()), "digits", 1500, 64, 2e-3, 0.1),
 }
 
 
@@ -57,9 +70,9 @@ def recipe(name: str) -> Recipe:
 
 
 @lru_cache
-def model(kind: str, widths: Sequence[int]) -> Model:
-    """The net family of a recipe (kept: its functions are keys of compiled programs)."""
-    return mlp(widths) if kind == "mlp" else cnn(widths)
+def model(kind: str, widths: tuple[int, ...]) -> Any:
+    """The net of a family (kept: its functions are keys of compiled programs)."""
+    return FAMILIES[kind](widths)
 
 
 def train(name: str, key: jax.Array, *, cache: Path | None = None):
@@ -93,7 +106,7 @@ def _digest(r: Recipe, key: jax.Array) -> str:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _fit(net: Model, r: Recipe, key: jax.Array, x: jax.Array, y: jax.Array):
+def _fit(net: Net, r: Recipe, key: jax.Array, x: jax.Array, y: jax.Array):
     """All steps of training in one program; x f32[N, H, W, C], y i32[N]."""
     rate = optax.warmup_cosine_decay_schedule(0.0, r.learning_rate, r.num_steps // 20, r.num_steps)
     optimizer = optax.adamw(rate, weight_decay=r.weight_decay)

@@ -133,6 +133,28 @@ def nearest() -> Method:
     return Method(1, lambda w, grid, key: (), round_, hard)
 
 
+def gptq_layer(
+    w, grid: Grid, x_q, x_fp, *, damp: float = 0.01, act_order: bool = True
+) -> tuple[QTensor, jax.Array]:
+    """One matrix by GPTQ on its quantized inputs, of W* (see `fp_target`); and f32[], 1 if it fell back.
+
+    Args:
+      w: f32[out, in]. x_q, x_fp: f32[..., in], its inputs behind the quantized and the float net.
+    """
+    x_q, x_fp = (x.reshape(-1, x.shape[-1]) for x in (x_q, x_fp))
+    empty = hessian_init(w.shape[1])
+    h = hessian_update(empty, x_q).mean
+    w_star = fp_target(w, hessian_update(empty, x_q, left=x_fp).mean, h, damp)
+    offset = jnp.zeros_like(grid.scale) if grid.zero is None else -grid.scale * grid.zero
+    perm = jnp.argsort(-jnp.diagonal(h)) if act_order else None
+    codes, rung = gptq_solve(
+        w_star, h, grid.scale, offset, grid.q_min, grid.q_max, perm=perm, damp=damp, ties=grid.ties
+    )
+    # Codes that no damping could give fall back to the nearest, and are counted.
+    codes = jnp.where(rung < LADDER, codes, nearest_codes(w, grid).astype(jnp.int32))
+    return grid.qtensor(codes, w.shape), (rung > 0).astype(jnp.float32)
+
+
 def gptq(*, damp: float = 0.01, act_order: bool = True) -> Method:
     """GPTQ on the layer's inputs behind the quantized prefix, of W* (see `fp_target`) instead of W.
 
@@ -146,18 +168,8 @@ def gptq(*, damp: float = 0.01, act_order: bool = True) -> Method:
     def hard(carry, unit):
         del carry
         (w,), (grid,) = unit.w, unit.grid
-        x_q, x_fp = (x.reshape(-1, x.shape[-1]) for x in (unit.x_q, unit.x_fp))
-        empty = hessian_init(w.shape[1])
-        h = hessian_update(empty, x_q).mean
-        w = fp_target(w, hessian_update(empty, x_q, left=x_fp).mean, h, damp)
-        offset = jnp.zeros_like(grid.scale) if grid.zero is None else -grid.scale * grid.zero
-        perm = jnp.argsort(-jnp.diagonal(h)) if act_order else None
-        codes, rung = gptq_solve(
-            w, h, grid.scale, offset, grid.q_min, grid.q_max, perm=perm, damp=damp, ties=grid.ties
-        )
-        # Codes that no damping could give fall back to the nearest, and are counted.
-        codes = jnp.where(rung < LADDER, codes, nearest_codes(unit.w[0], grid).astype(jnp.int32))
-        return (grid.qtensor(codes, unit.w[0].shape),), (rung > 0).astype(jnp.float32)
+        q, failed = gptq_layer(w, grid, unit.x_q, unit.x_fp, damp=damp, act_order=act_order)
+        return (q,), failed
 
     def round_(carry, unit, key, i):
         del key, i

@@ -1,0 +1,222 @@
+"""A block quantized at its sites: one program for float, captured, fake-quantized and packed execution.
+
+A QuantizedBlock holds the block's float parameters (norms, biases, weights nobody quantized), a QTensor per
+quantized weight site and an activation record per quantized input or operand. `fake_run` executes it in
+floats on the grids, `packed_run` through the low-bit operations: the same block function, the same numbers.
+
+`quantize_block` rounds the sites in the order in which they run, in one pass: each weight is quantized on
+the inputs that the quantized sites before it give (true-sequential).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qlab import ops
+from qlab.nn.sites import Block, BlockNet, Params, Run, capture, pick
+from qlab.quantization.activations import Affine, Record, fake
+from qlab.quantization.grid import Grid, calibrate, nearest_codes
+from qlab.quantization.methods import gptq_layer
+from qlab.quantization.qtensor import QTensor, dequantize
+
+Target = Literal["same", "fp"]
+
+
+class QuantizedBlock(NamedTuple):
+    """params: float parameters. weights: {site: QTensor (out, in)}. acts: {site: activation record}."""
+
+    params: Params
+    weights: dict[str, QTensor]
+    acts: dict[str, Record]
+
+
+def _bias(layer: nnx.Linear) -> jax.Array | float:
+    return 0.0 if layer.bias is None else layer.bias[...]
+
+
+def fake_run(q: QuantizedBlock) -> Run:
+    """Floats on the grids: every quantized tensor is decoded, products are float."""
+
+    def operand(site: str, x: jax.Array) -> jax.Array:
+        return fake(q.acts[site], x) if site in q.acts else x
+
+    def linear(site: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        x = operand(site, x)
+        if site not in q.weights:
+            return layer(x)
+        return x @ dequantize(q.weights[site]).T + _bias(layer)
+
+    return Run(linear, operand)
+
+
+def packed_run(q: QuantizedBlock, *, impl: str | None = None) -> Run:
+    """The low-bit operations on packed weights.
+
+    A weight of up to 8 bits whose input has a static grid per tensor of up to 8 bits runs as an int8
+    product, other quantized weights as weight-only products of the fake-quantized input.
+    impl: of the operations, see qlab.ops.
+    """
+
+    def operand(site: str, x: jax.Array) -> jax.Array:
+        return fake(q.acts[site], x) if site in q.acts else x
+
+    def linear(site: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        if site not in q.weights:
+            return layer(operand(site, x))
+        qt, act = q.weights[site], q.acts.get(site)
+        bias = None if layer.bias is None else layer.bias[...]
+        if isinstance(act, Affine) and _int8_fits(act, qt):
+            # Codes on the signed rail: an unsigned grid moves down by 128 as its zero point does.
+            shift = jnp.where(act.q_min < 0, 0.0, 128.0)
+            codes = jnp.clip(jnp.round(x / act.scale) + act.zero, act.q_min, act.q_max) - shift
+            zero = jnp.int8(act.zero - shift)
+            return ops.int8_matmul(
+                codes.astype(jnp.int8), qt, bias, x_scale=act.scale, x_zero=zero, impl=impl
+            )
+        packed = qt if qt.packed else ops.pack(qt)
+        return ops.matmul(operand(site, x), packed, bias, impl=impl)
+
+    return Run(linear, operand)
+
+
+def _int8_fits(act: Affine, qt: QTensor) -> bool:
+    """One scale for all inputs, zero point and rails in 8 bits, no groups: known only outside jit."""
+    if (
+        act.scale.ndim
+        or qt.group
+        or qt.offset is not None
+        or isinstance(act.q_max, jax.core.Tracer)
+    ):
+        return False
+    span = float(act.q_max - act.q_min)
+    return span <= 255 and bool(act.q_min <= act.zero) and bool(act.zero <= act.q_max)
+
+
+def run_blocks(
+    net: BlockNet, quantized: tuple[QuantizedBlock, ...], x: Any, how: Callable[..., Run] = fake_run
+) -> Any:
+    """The quantized net's output. quantized: a QuantizedBlock per group, leaves stacked on axis 0."""
+    for group, stacked in zip(net.groups, quantized, strict=True):
+        for i in range(group.n):
+            q = jax.tree.map(lambda a, i=i: a[i], stacked)
+            x = group.block(q.params, x, how(q))
+    return x
+
+
+class SiteInput(NamedTuple):
+    """What a site method sees. x: its input behind the quantized sites before it; x_fp: in the float net.
+
+    w: f32[out, in], None at operands. bits: i32[], of the weight or of the activation.
+    """
+
+    site: str
+    x: jax.Array
+    x_fp: jax.Array
+    w: jax.Array | None
+    bits: jax.Array
+    key: jax.Array
+
+
+ActMethod = Callable[[SiteInput], Record | None]
+WeightMethod = Callable[[SiteInput], tuple[QTensor, jax.Array] | None]
+
+
+def quantize_block(
+    block: Block,
+    params: Params,
+    x_q: Any,
+    x_fp: Any,
+    w_bits,
+    a_bits,
+    key: jax.Array,
+    *,
+    act: ActMethod,
+    weight: WeightMethod,
+) -> tuple[QuantizedBlock, jax.Array]:
+    """The block quantized site by site in one pass, and its fallbacks f32[].
+
+    Args:
+      x_q: the block's input behind the quantized blocks before it. x_fp: behind the float ones.
+      act: SiteInput -> record, or None: this site stays float. weight: SiteInput -> (QTensor,
+        fallbacks), its x already on the activation grid; or None.
+    """
+    _, seen = capture(block, params, x_fp)
+    weights: dict[str, QTensor] = {}
+    acts: dict[str, Record] = {}
+    fallbacks = [jnp.zeros(())]
+
+    def operand(site: str, x: jax.Array, w=None) -> jax.Array:
+        # A site's key is its place in the block's order, whatever other sites do.
+        k = jax.random.fold_in(key, 2 * list(seen).index(site))
+        record = act(SiteInput(site, x, seen[site], w, a_bits, k))
+        if record is None:
+            return x
+        acts[site] = record
+        return fake(record, x)
+
+    def linear(site: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        w = jnp.asarray(layer.kernel[...]).T
+        x = operand(site, x, w)
+        k = jax.random.fold_in(key, 2 * list(seen).index(site) + 1)
+        made = weight(SiteInput(site, x, seen[site], w, w_bits, k))
+        if made is None:
+            return layer(x)
+        weights[site], failed = made
+        fallbacks.append(failed)
+        return x @ dequantize(weights[site]).T + _bias(layer)
+
+    block(params, x_q, Run(linear, operand))
+    return QuantizedBlock(params, weights, acts), sum(fallbacks[1:], fallbacks[0])
+
+
+def _grid(i: SiteInput, granularity: str, max_bits: int, options) -> Grid:
+    return calibrate(i.w, i.bits, granularity == "tensor", max_bits=max_bits, **options)
+
+
+def nearest_weight(*, granularity: str = "channel", max_bits: int = 8, **options) -> WeightMethod:
+    """Rounding to nearest. granularity: "channel" or "tensor"; options: of grid.calibrate."""
+
+    def weight(i: SiteInput):
+        grid = _grid(i, granularity, max_bits, options)
+        return grid.qtensor(nearest_codes(i.w, grid), i.w.shape), jnp.zeros(())
+
+    return weight
+
+
+def gptq_weight(
+    *,
+    granularity: str = "channel",
+    target: Target = "fp",
+    damp: float = 0.01,
+    act_order: bool = True,
+    max_bits: int = 8,
+    **options,
+) -> WeightMethod:
+    """GPTQ on the site's quantized inputs; target "fp" moves the weights to W* first (`fp_target`)."""
+
+    def weight(i: SiteInput):
+        grid = _grid(i, granularity, max_bits, options)
+        x_fp = i.x_fp if target == "fp" else i.x
+        return gptq_layer(i.w, grid, i.x, x_fp, damp=damp, act_order=act_order)
+
+    return weight
+
+
+def float_act(i: SiteInput) -> None:
+    """Activations stay float (weight-only quantization)."""
+    del i
+
+
+def unit_of(params: tuple[Params, ...], group: int, i) -> Params:
+    """Params of block i of a group."""
+    return pick(params[group], i)
+
+
+site_by_site = partial(partial, quantize_block)
+"""site_by_site(act=..., weight=...) -> a block method for `qlab.quantization.site_study`."""
