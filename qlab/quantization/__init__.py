@@ -11,6 +11,7 @@ from qlab.quantization.flexround import flexround, lrq
 from qlab.quantization.gptq import fp_target, gptq_round, hessian_init, hessian_update
 from qlab.quantization.grid import Grid, make_grid, search_affine, search_symmetric
 from qlab.quantization.matrix import layer_report, quantize_matrix
+from qlab.quantization.own_model import quantize
 from qlab.quantization.packing import pack, unpack
 from qlab.quantization.qtensor import (
     QTensor,
@@ -56,6 +57,7 @@ __all__ = [
     "make_grid",
     "pack",
     "pack_qtensor",
+    "quantize",
     "quantize_matrix",
     "round_ste",
     "rtn",

@@ -19,7 +19,7 @@ from qlab.lab.errors import UserError, nearest
 from qlab.quantization.adaquant import adaquant
 from qlab.quantization.adaround import adaround
 from qlab.quantization.flexround import flexround, lrq
-from qlab.quantization.gptq import gptq_round, hessian_init, hessian_update
+from qlab.quantization.gptq import LADDER, gptq_solve, hessian_init, hessian_update
 from qlab.quantization.grid import MAX_BITS, Calibration, Grid, group_size, make_grid
 from qlab.quantization.methods import squared_error
 from qlab.quantization.qtensor import QTensor, dequantize
@@ -98,11 +98,11 @@ def quantize_matrix(
     if method == "rtn":
         qt = rtn().hard((), w, grid)
     elif method == "gptq":
-        h = hessian_update(hessian_init(w.shape[1]), x).mean
-        offset = jnp.zeros_like(grid.scale) if grid.zero is None else -grid.scale * grid.zero
-        perm = jnp.argsort(-jnp.diagonal(h))
-        codes = gptq_round(w, h, grid.scale, offset, grid.q_min, grid.q_max, perm=perm)
-        qt = grid.qtensor(codes, w.shape)
+        qt, failed = _gptq(w, grid, x)
+        if bool(failed):
+            raise ValueError(
+                f"no damping made the Hessian of {w.shape[1]} inputs positive definite; use more samples"
+            )
     else:
         factory, rate = RULES[method]
         rate = rate if learning_rate is None else learning_rate
@@ -122,6 +122,21 @@ def quantize_matrix(
             )
         )
     return qt
+
+
+@jax.jit
+def _gptq(w, grid: Grid, x) -> tuple[QTensor, jax.Array]:
+    """GPTQ of a matrix, and bool[]: no rung of the damping ladder held."""
+    h = hessian_update(hessian_init(w.shape[1]), x).mean
+    offset = jnp.zeros_like(grid.scale) if grid.zero is None else -grid.scale * grid.zero
+    perm = jnp.argsort(-jnp.diagonal(h))
+    codes, rung = gptq_solve(w, h, grid.scale, offset, grid.q_min, grid.q_max, perm=perm)
+    return grid.qtensor(codes, w.shape), rung >= LADDER
+
+
+def grid_search(bits: int) -> Calibration:
+    """ "searched" up to 5 bits; wider grids lose little to min/max, and the search's time doubles with each bit."""
+    return "searched" if bits <= 5 else "minmax"
 
 
 def _learn(rule: RoundingRule, w, grid: Grid, x, key, num_iters: int, rate) -> QTensor:
@@ -145,7 +160,7 @@ def layer_report(w, qt: QTensor, x=None) -> dict[str, float]:
     Args:
       w: f32[out, in]. x: f32[N, in] inputs, to weigh the error by; None: plain weight error.
     Returns:
-      mse (per output), nearest_mse (rounding to nearest on a searched grid of the same kind),
+      mse (per output), nearest_mse (rounding to nearest on a grid of the same kind, see `grid_search`),
       mse_ratio of the two, relative (mse over the mean square of the output), stored_bits.
     """
     w = jnp.asarray(w, jnp.float32)
@@ -154,7 +169,12 @@ def layer_report(w, qt: QTensor, x=None) -> dict[str, float]:
     kind = "tensor" if qt.axes == (0, 1) else "channel"
     kind = f"group:{qt.group}" if qt.group else kind
     near = quantize_matrix(
-        w, method="rtn", bits=qt.bits, granularity=kind, symmetric=qt.zero is None
+        w,
+        method="rtn",
+        bits=qt.bits,
+        granularity=kind,
+        symmetric=qt.zero is None,
+        calibration=grid_search(qt.bits),
     )
     mse, nearest_mse = (float(((x @ dequantize(q).T - y) ** 2).mean()) for q in (qt, near))
     return {
