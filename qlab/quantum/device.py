@@ -148,12 +148,16 @@ class PTMDevice(Device):
         max_wires = 2 if noisy else MAX_DIRECT
         sizes = range(1, max_wires + 1)
         targets = {c.__name__ for c in nm.gate_classes().values() if c.num_wires in sizes}
-        targets |= {*self.noise.gates, *(() if noisy else BY_MATRIX)}
+        targets |= {
+            *self.noise.gates,
+            *(g for g, _ in self.noise.gates_wires),
+            *(() if noisy else BY_MATRIX),
+        }
 
         def is_native(op) -> bool:
             if isinstance(op, Channel) or op.name in ("QubitDensityMatrix", *nm.NO_NOISE_AFTER):
                 return True
-            if not op.has_matrix or len(op.wires) <= max_wires or op.name in self.noise.gates:
+            if not op.has_matrix or len(op.wires) <= max_wires or nm.knows(self.noise, op.name):
                 return op.has_matrix
             return not noisy and (op.name in BY_MATRIX or not op.has_decomposition)
 
@@ -304,7 +308,8 @@ def _final_state(tape, order: Wires, noise: nm.NoiseModel) -> jax.Array:
             if op.has_matrix and op.name not in nm.NO_NOISE_AFTER:
                 matrix = jnp.asarray(op.matrix(), cplx)
                 r = mm.apply_kraus(r, matrix[None], wires)
-            if (place := (op.name, len(wires))) not in after:
+            labels = tuple(map(str, op.wires)) if noise.gates_wires else ()
+            if (place := (op.name, len(wires), labels)) not in after:
                 after[place] = nm.ptm_after(noise, *place)
             if after[place] is not None:
                 r = mm.apply_ptm(r, after[place].astype(real), wires)

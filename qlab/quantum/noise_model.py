@@ -54,6 +54,7 @@ class NoiseModel(NamedTuple):
       readout: (P(read 1 | 0), P(read 0 | 1)) of every wire that `readout_wires` does not name.
       readout_wires: the same by wire label, as text.
       source: for error lines.
+      gates_wires: channels by (gate name, wire labels as text, in the gate's order); they replace `gates`.
     """
 
     gates: dict[str, tuple[Channel, ...]] = {}
@@ -61,6 +62,7 @@ class NoiseModel(NamedTuple):
     readout: tuple[Any, Any] = (0.0, 0.0)
     readout_wires: dict[str, tuple[Any, Any]] = {}
     source: str = "noise"
+    gates_wires: dict[tuple[str, tuple[str, ...]], tuple[Channel, ...]] = {}
 
 
 class _Kind(NamedTuple):
@@ -275,17 +277,27 @@ def _kraus(data: Any, where: str, k: int | None) -> np.ndarray | jax.Array:
 # ---- What the simulator asks --------------------------------------------------------------------
 
 
-def channels_after(model: NoiseModel, name: str, k: int) -> tuple[Channel, ...]:
-    """The channels after a gate on k qubits; Adjoint(G) counts as G."""
-    if name.startswith("Adjoint(") and name not in model.gates:
+def channels_after(
+    model: NoiseModel, name: str, k: int, wires: tuple[str, ...] = ()
+) -> tuple[Channel, ...]:
+    """The channels after a gate on k qubits; Adjoint(G) counts as G unless it has entries of its own."""
+    if name.startswith("Adjoint(") and not knows(model, name):
         name = name[len("Adjoint(") : -1]
+    if (name, wires) in model.gates_wires:
+        return model.gates_wires[name, wires]
     if name in model.gates:
         return model.gates[name]
     return () if name in NO_NOISE_AFTER else model.default.get(k, ())
 
 
+def knows(model: NoiseModel, name: str) -> bool:
+    """The model has entries for this gate."""
+    return name in model.gates or any(gate == name for gate, _ in model.gates_wires)
+
+
 def has_gate_noise(model: NoiseModel) -> bool:
-    return any(model.gates.values()) or any(model.default.values())
+    tables = (model.gates, model.default, model.gates_wires)
+    return any(channels for table in tables for channels in table.values())
 
 
 def has_readout(model: NoiseModel) -> bool:
@@ -293,14 +305,16 @@ def has_readout(model: NoiseModel) -> bool:
     return any(not _known(flip) or flip != 0 for pair in pairs for flip in pair)
 
 
-def ptm_after(model: NoiseModel, name: str, k: int) -> jax.Array | None:
+def ptm_after(
+    model: NoiseModel, name: str, k: int, wires: tuple[str, ...] = ()
+) -> jax.Array | None:
     """The whole map f[4^k, 4^k] after a gate on k qubits, or None where nothing follows it.
 
     Raises:
       UserError: Kraus operators on another number of qubits than the gate has.
     """
     total = None
-    for kind, params in channels_after(model, name, k):
+    for kind, params in channels_after(model, name, k, wires):
         size = k if KINDS[kind].joint else 1
         if kind == "kraus":
             matrices = jnp.asarray(params["matrices"])
