@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from qlab import ops
 from qlab.nn.sites import Block, BlockNet, Params, Run, capture, pick
@@ -87,12 +88,7 @@ def packed_run(q: QuantizedBlock, *, impl: str | None = None) -> Run:
 
 def _int8_fits(act: Affine, qt: QTensor) -> bool:
     """One scale for all inputs, zero point and rails in 8 bits, no groups: known only outside jit."""
-    if (
-        act.scale.ndim
-        or qt.group
-        or qt.offset is not None
-        or isinstance(act.q_max, jax.core.Tracer)
-    ):
+    if act.scale.ndim or qt.group or qt.offset is not None or isinstance(act.q_max, Tracer):
         return False
     span = float(act.q_max - act.q_min)
     return span <= 255 and bool(act.q_min <= act.zero) and bool(act.zero <= act.q_max)
@@ -184,6 +180,7 @@ def nearest_weight(*, granularity: str = "channel", max_bits: int = 8, **options
 
     def weight(i: SiteInput):
         grid = _grid(i, granularity, max_bits, options)
+        assert i.w is not None  # weight methods are asked at products only
         return grid.qtensor(nearest_codes(i.w, grid), i.w.shape), jnp.zeros(())
 
     return weight

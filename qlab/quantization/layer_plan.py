@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from qlab import ops
 from qlab.lab.errors import UserError, nearest
@@ -96,7 +97,7 @@ class Plan(NamedTuple):
         if name in self.rows or not self.pattern.search(name):
             return None
         view = view_of(layer, kernel.shape)
-        if isinstance(x, jax.core.Tracer) or isinstance(kernel, jax.core.Tracer):
+        if isinstance(x, Tracer) or isinstance(kernel, Tracer):
             view = "called inside jit, scan or vmap, where its inputs are not numbers yet"
         if isinstance(view, str):
             self.rows[name] = float_row(name, layer, kernel, view)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
+from jax.core import Tracer
 
 from qlab import ops
 from qlab.lab.errors import UserError
@@ -139,10 +140,8 @@ def _noting(plan: Plan):
 
     def see(name, layer, kernel, x):
         view = view_of(layer, kernel.shape)
-        fits = plan.pattern.search(name) and isinstance(view, View)
-        if fits and not isinstance(x, jax.core.Tracer) and name not in plan.x_fp:
-            plan.x_fp[name] = view.rows(x)
-        return
+        if isinstance(view, View) and not isinstance(x, Tracer) and plan.pattern.search(name):
+            plan.x_fp.setdefault(name, view.rows(x))
 
     return see
 

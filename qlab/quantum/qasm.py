@@ -19,6 +19,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import pennylane as qml
+from pennylane.tape import QuantumScript
+from pennylane.wires import Wires
 
 from qlab.lab.errors import UserError
 from qlab.quantum.qasm_reader import Bit, Reader, Step, bit_names
@@ -88,7 +90,8 @@ def _conditional(s: Step, values: Mapping[Bit, Any]) -> None:
         qml.apply(s.op)
         return
     total = sum((2**i * m for i, m in known[1:]), 2 ** known[0][0] * known[0][1])
-    qml.cond(total == wanted, partial(qml.apply, s.op))()
+    conditioned: Any = qml.cond(total == wanted, partial(qml.apply, s.op))
+    conditioned()
 
 
 def from_qasm(text: str, name: str = "program") -> Program:
@@ -166,10 +169,8 @@ def to_qasm(circuit: Any, *, version: int = 2, num_qubits: int | None = None) ->
     total = num_qubits or getattr(circuit, "num_qubits", None) or (max(used, default=0) + 1)
     if max(used, default=0) >= total:
         raise UserError(f"num_qubits={total}, but wire {max(used)} is used")
-    tape = qml.tape.QuantumScript(ops)
-    text = qml.to_openqasm(
-        tape, wires=qml.wires.Wires(range(total)), rotations=False, measure_all=False
-    )
+    tape = QuantumScript(ops)
+    text = qml.to_openqasm(tape, wires=Wires(range(total)), rotations=False, measure_all=False)
     # global phases come from decompositions; OpenQASM 2 has no word for them
     lines = [line for line in text.splitlines() if not line.startswith(("creg", "gphase"))]
     if version == 3:

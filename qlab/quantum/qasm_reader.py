@@ -47,9 +47,9 @@ FUNCTIONS = {
     "log": math.log, "sqrt": math.sqrt, "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan,
 }  # fmt: skip
 CONSTANTS = {"pi": math.pi, "π": math.pi, "tau": math.tau, "euler": math.e}
-BINARY = {
+BINARY: dict[str, Callable[[float, float], float]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
-    "**": operator.pow, "^": operator.pow, "%": operator.mod,
+    "**": math.pow, "^": math.pow, "%": operator.mod,
 }  # fmt: skip
 INCLUDES = ("qelib1.inc", "stdgates.inc")
 
@@ -236,7 +236,8 @@ class Reader:
         if len(inner) > 1 and power != int(power):
             raise self.fail(f"pow({power:g}) of {name}, which is several gates")
         if len(inner) == 1:
-            return [qml.pow(inner[0], power, lazy=False)]
+            raised: Any = qml.pow(inner[0], power, lazy=False)  # type: ignore[arg-type]
+            return [raised]
         back = [qml.adjoint(op, lazy=False) for op in reversed(inner)]
         return (inner if power >= 0 else back) * abs(int(power))
 
