@@ -89,8 +89,12 @@ SLOW = pytest.mark.slow
         (0, 64, 8, 4, 32, "symmetric", "bfloat16"),
         pytest.param(1, 127, 3, 2, 0, "zero", "float16", marks=SLOW),  # nothing fits
         pytest.param(2, 72, 5, 7, 24, "symmetric", "float32", marks=SLOW),  # padded groups
-        pytest.param(2, 80, 5, 3, 0, "offset", "float32", marks=SLOW),  # two parts, one scale a row
-        pytest.param(2, 4160, 8, 4, 64, "symmetric", "bfloat16", marks=SLOW),  # scales of a second block
+        pytest.param(
+            2, 640, 5, 3, 0, "offset", "float32", marks=SLOW
+        ),  # two parts, one scale a row, several chunks
+        pytest.param(
+            2, 4096, 8, 4, 64, "symmetric", "bfloat16", marks=SLOW
+        ),  # several blocks along K
     ],
 )
 def test_kernels(run, m, k, n, bits, group, kind, dtype):
