@@ -189,7 +189,7 @@ def run_slots(
         keep, mix, r = xs
         return (keep * psi + mix * _partner(psi, r)).astype(psi.dtype), None
 
-    return jax.lax.scan(slot, psi, (keep, mix, plan.partner), unroll=True)[0]
+    return jax.lax.scan(slot, psi, (keep, mix, plan.partner))[0]
 
 
 @functools.partial(jax.jit, static_argnames="num_qubits")
@@ -218,6 +218,15 @@ def angle_mask(spec: CircuitSpec) -> jax.Array:
     return (jnp.arange(3) < jnp.asarray(NUM_ANGLES)[spec.gate][..., None]).astype(jnp.float32)
 
 
+def queue_gates(qml: Any, spec: CircuitSpec, angles: Any) -> None:
+    """Queues the gates of one circuit in a PennyLane function; angles[g, k] may be traced by it."""
+    for g, code in enumerate(np.asarray(spec.gate)):
+        if code != NOOP:
+            wires = [int(spec.q0[g]), int(spec.q1[g])][: NUM_QUBITS[code]]
+            values = [angles[g, k] for k in range(NUM_ANGLES[code])]
+            getattr(qml, _PENNYLANE[code])(*values, wires=wires)
+
+
 def pennylane_state(spec: CircuitSpec, num_qubits: int, angles: Any = None) -> np.ndarray:
     """c128[2^n] of one circuit from PennyLane's default.qubit, gate by gate: the reference."""
     qml = pennylane()
@@ -225,10 +234,7 @@ def pennylane_state(spec: CircuitSpec, num_qubits: int, angles: Any = None) -> n
 
     @qml.qnode(qml.device("default.qubit", wires=num_qubits))
     def run():
-        for g, code in enumerate(np.asarray(spec.gate)):
-            if code != NOOP:
-                wires = [int(spec.q0[g]), int(spec.q1[g])][: NUM_QUBITS[code]]
-                getattr(qml, _PENNYLANE[code])(*angles[g, : NUM_ANGLES[code]], wires=wires)
+        queue_gates(qml, spec, angles)
         return qml.state()
 
     return np.asarray(run())
