@@ -111,7 +111,9 @@ def check_pool(pool: PoolSpec) -> PoolSpec:
     for name in ("num_gates", "depth"):
         low, high = getattr(pool, name)
         if not (name == "depth") <= low + (name == "depth") <= high + (name == "depth") or high < 1:
-            raise UserError(f"{name}={(low, high)}; give (least, most) with most >= least, most >= 1")
+            raise UserError(
+                f"{name}={(low, high)}; give (least, most) with most >= least, most >= 1"
+            )
     return pool
 
 
