@@ -273,9 +273,10 @@ def _generate(graph: Any, state: Any, g: Graph, key: jax.Array, num: int) -> Any
     net = nnx.merge(graph, state)
     mu = net.encode(g)[0]
     weight = g.live[..., None]
-    centre = (mu * weight).sum((0, 1)) / weight.sum()
-    spread = jnp.sqrt((((mu - centre) ** 2) * weight).sum((0, 1)) / weight.sum())
-    z = centre + spread * jax.random.normal(key, (num, g.ops.shape[1], mu.shape[-1]))
+    count = jnp.maximum(weight.sum(0), 1.0)  # by position: START's z is not a gate's
+    centre = (mu * weight).sum(0) / count
+    spread = jnp.sqrt((((mu - centre) ** 2) * weight).sum(0) / count)
+    z = centre + spread * jax.random.normal(key, (num, *centre.shape))
     logits, edges = net.decode(z)
     types = logits[..., :NUM_TYPES].argmax(-1)
     return types, logits[..., NUM_TYPES:] > 0, edges > 0
@@ -284,7 +285,7 @@ def _generate(graph: Any, state: Any, g: Graph, key: jax.Array, num: int) -> Any
 def generation_quality(
     vae: Vae, graphs: Graph, key: jax.Array, num: int = 10_000
 ) -> dict[str, jax.Array]:
-    """Shares of `num` decodings of z ~ N(mean mu, std mu) at every node: valid (START, gates, END), and of
+    """Shares of `num` decodings of z ~ N(mean mu, std mu), over the pool at each node: valid (START, gates, END), and of
     the valid ones different from each other (rows and edges)."""
     types, columns, edges = jax.device_get(_generate(vae.graph, vae.state, graphs, key, num))
     valid = np.asarray(is_valid(types))
