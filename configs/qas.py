@@ -52,14 +52,14 @@ def get_config(variant: str = "") -> ConfigDict:
     c.reinforce = dict(
         first=16, batches=(8, 16, 24, 32), steps=(0.5, 0.7), hidden=128, learning_rate=1e-2
     )
-    c.evolution = dict(population=50, tournament=10, start=16)
-    c.predictor = dict(start=100, rounds=8, hidden=32, hops=5, epochs=100, learning_rate=1e-2)
+    c.evolution = dict(population=100, tournament=10, start=16)
+    c.predictor = dict(start=100, rounds=4, hidden=32, hops=3, epochs=50, learning_rate=1e-2)
     c.arms = {
         "random": dict(search="random", runs=50),
         "evo": dict(search="evo"),
-        "predictor": dict(search="predictor"),
+        "predictor": dict(search="predictor", runs=1),
         **{f"reinforce_{e}": dict(search="reinforce", embedding=e) for e in ("raw", "pca", "untrained", "learnt")},
-        **{f"bo_{e}": dict(search="bo", embedding=e) for e in ("raw", "pca", "untrained", "learnt")},
+        **{f"bo_{e}": dict(search="bo", embedding=e, runs=1) for e in ("raw", "pca", "untrained", "learnt")},
     }  # fmt: skip
     if variant == "smoke":
         c.update(seeds=1, pool=300, queries=40, tasks=("fidelity",), num_targets=1, runs=1)

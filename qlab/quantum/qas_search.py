@@ -170,7 +170,7 @@ class EvolutionSpec(NamedTuple):
     """population: the latest that may become parents. tournament: of whom the best does."""
 
     queries: int = 300
-    population: int = 50
+    population: int = 100
     tournament: int = 10
     start: int = 16
 
@@ -240,10 +240,10 @@ class PredictorSpec(NamedTuple):
 
     queries: int = 300
     start: int = 100
-    rounds: int = 8
+    rounds: int = 4
     hidden: int = 32
-    hops: int = 5
-    epochs: int = 100
+    hops: int = 3
+    epochs: int = 50
     learning_rate: float = 1e-2
 
 

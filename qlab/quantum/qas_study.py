@@ -26,7 +26,7 @@ from qlab.quantum.circuit_spec import CircuitSpec
 
 EMBEDDINGS = ("learnt", "untrained", "raw", "pca")
 SEARCHES = ("random", "reinforce", "bo", "evo", "predictor")
-NUM_PAIRS = 200_000  # of circuits, for the correlation of distance and score
+NUM_PAIRS = 100_000  # of circuits, for the correlation of distance and score
 TOP, NEIGHBOURS = 50, 10
 CHEMICAL = 1.6e-3  # hartree
 
@@ -263,27 +263,31 @@ def search_numbers(order: np.ndarray, scores: np.ndarray, threshold: float) -> d
     }
 
 
-def latent_numbers(key: jax.Array, points: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """How smooth the scores f[P] are over points f[P, D].
+def latent_numbers(
+    key: jax.Array, points: np.ndarray, labels: np.ndarray
+) -> list[dict[str, float]]:
+    """How smooth the scores of each task, labels f[T, P], are over points f[P, D].
 
     corr: Pearson correlation of distance and |score difference| over random pairs. neighbour_gain: mean score of
     the 10 nearest neighbours of the 50 best circuits, minus the pool's mean.
     """
-    rng = np.random.default_rng(_data(key))
-    i, j = rng.integers(0, scores.size, (2, NUM_PAIRS))
-    keep = i != j
-    i, j = i[keep], j[keep]
-    x = points.astype(np.float64)
-    square, inner = (x**2).sum(1), x @ x.T
-    distance = np.sqrt(np.maximum(square[i] + square[j] - 2 * inner[i, j], 0))
-    gap = np.abs(scores[i] - scores[j])
-    spread = distance.std() * gap.std()
-    corr = ((distance - distance.mean()) * (gap - gap.mean())).mean() / spread if spread else 0.0
-    best = np.argsort(-scores, kind="stable")[: min(TOP, scores.size)]
-    around = square[None] - 2 * inner[best]
-    around[np.arange(best.size), best] = np.inf
-    near = np.argsort(around, 1, kind="stable")[:, : min(NEIGHBOURS, scores.size - 1)]
-    return {"corr": float(corr), "neighbour_gain": float(scores[near].mean() - scores.mean())}
+    size = labels.shape[1]
+    i, j = np.random.default_rng(_data(key)).integers(0, size, (2, NUM_PAIRS))
+    i, j = i[i != j], j[i != j]
+    distance = np.sqrt(((points[i] - points[j]) ** 2).sum(1, dtype=np.float64))
+    square = (points.astype(np.float64) ** 2).sum(1)
+    out = []
+    for scores in labels:
+        gap = np.abs(scores[i] - scores[j]).astype(np.float64)
+        spread = distance.std() * gap.std()
+        both = ((distance - distance.mean()) * (gap - gap.mean())).mean()
+        best = np.argsort(-scores, kind="stable")[: min(TOP, size)]
+        around = square - 2 * (points[best] @ points.T)
+        around[np.arange(best.size), best] = np.inf
+        near = np.argsort(around, 1, kind="stable")[:, : min(NEIGHBOURS, size - 1)]
+        gain = scores[near].mean() - scores.mean() if near.size else 0.0
+        out.append({"corr": float(both / spread) if spread else 0.0, "neighbour_gain": float(gain)})
+    return out
 
 
 def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -304,11 +308,12 @@ def study_numbers(
     embedded = None
     if search.search in ("bo", "reinforce"):
         embedded = embedding_of(key, search.embedding, spec)
+    smooth: list[dict[str, float]] = [{} for _ in names]
+    if embedded is not None:
+        smooth = latent_numbers(_key(_data(key), 5), embedded.points, labels)
     by_task: dict[str, list[dict[str, Any]]] = {}
-    for name, order, scores in zip(names, orders, labels, strict=True):
-        numbers = search_numbers(order, scores, search.threshold)
-        if embedded is not None:
-            numbers |= latent_numbers(_key(_data(key), 5), embedded.points, scores)
+    for name, order, scores, more in zip(names, orders, labels, smooth, strict=True):
+        numbers = search_numbers(order, scores, search.threshold) | more
         by_task.setdefault(name.partition("_")[0], []).append(numbers)
     out: dict[str, Any] = {"queries": np.arange(1, orders.shape[-1] + 1, dtype=np.float32)}
     for task, parts in by_task.items():
