@@ -109,9 +109,9 @@ def expected_improvement(mean: jax.Array, sd: jax.Array, target: jax.Array | flo
     sd = jnp.maximum(sd, 1e-12)
     u = (mean - target) / sd
     pdf = jnp.exp(-(u**2) / 2) / jnp.sqrt(2 * jnp.pi)
-    far = jnp.maximum(u**2, 16.0)
-    tail = pdf / far * (1 - 3 / far + 15 / far**2 - 105 / far**3)
-    return sd * jnp.where(u < -4.0, tail, jnp.maximum(pdf + u * ndtr(u), 0.0))
+    far = jnp.maximum(u**2, 49.0)
+    tail = pdf / far * (1 - 3 / far + 15 / far**2 - 105 / far**3 + 945 / far**4)
+    return sd * jnp.where(u < -7.0, tail, jnp.maximum(pdf + u * ndtr(u), 0.0))
 
 
 class DngoSpec(NamedTuple):

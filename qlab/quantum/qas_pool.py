@@ -25,7 +25,8 @@ from qlab.quantum.circuit_spec import CircuitSpec
 NUM_TYPES = 13
 START, END = 0, 12  # a gate's type is its code, 1..11
 MASKS = ("unsigned", "signed", "none")
-_MAX_DRAWS = 400  # batches before a pool is given up
+_BATCH = 4096  # circuits drawn at once
+_MAX_DRAWS = 500  # batches before a pool is given up
 
 
 class PoolSpec(NamedTuple):
@@ -73,19 +74,22 @@ def depth(spec: CircuitSpec, num_qubits: int) -> jax.Array:
     return jax.lax.scan(place, start, on)[0].max(-1)
 
 
-@functools.partial(jax.jit, static_argnames=("pool", "batch"))
-def _draw(key: jax.Array, pool: PoolSpec, batch: int) -> tuple[CircuitSpec, jax.Array]:
+@functools.partial(jax.jit, static_argnames="pool")
+def _draw(key: jax.Array, pool: PoolSpec) -> tuple[CircuitSpec, jax.Array]:
     """A batch of circuits before rejection, and which of them are deep enough and not too deep."""
-    n, size = pool.num_qubits, pool.num_gates[1]
-    k_gate, k_q, k_other, k_angle, k_count = jax.random.split(key, 5)
+    n, size, batch = pool.num_qubits, pool.num_gates[1], _BATCH
+    u = jax.random.uniform(key, (batch, size, 7), dtype=jnp.float32)  # one draw: quick to compile
+
+    def below(k, num):  # i32, uniform in 0..num - 1
+        return jnp.minimum((u[..., k] * num).astype(jnp.int32), num - 1)
+
     codes = jnp.array([cs.GATES.index(g) for g in pool.gate_set], jnp.int32)
-    gate = codes[jax.random.randint(k_gate, (batch, size), 0, len(codes))]
-    q0 = jax.random.randint(k_q, (batch, size), 0, n)
-    hop = jax.random.randint(k_other, (batch, size), 1, max(n, 2))  # never 0: another qubit
-    hop = jnp.where(gate == cs.CNOT, 1, hop)
+    gate, q0 = codes[below(0, len(codes))], below(1, n)
+    # never 0: another qubit
+    hop = jnp.where(gate == cs.CNOT, 1, 1 + below(2, max(n - 1, 1)))
     two = jnp.asarray(cs.NUM_QUBITS)[gate] == 2
-    angle = jax.random.uniform(k_angle, (batch, size, 3), maxval=2 * jnp.pi, dtype=jnp.float32)
-    count = jax.random.randint(k_count, (batch, 1), pool.num_gates[0], size + 1)
+    angle = 2 * jnp.pi * u[..., 3:6]
+    count = pool.num_gates[0] + below(6, size + 1 - pool.num_gates[0])[:, :1]
     used = jnp.arange(size) < count
     spec = CircuitSpec(
         jnp.where(used, gate, 0),
@@ -108,12 +112,10 @@ def check_pool(pool: PoolSpec) -> PoolSpec:
     if not 1 <= pool.num_qubits <= 12 or (pool.num_qubits == 1 and wide):
         raise UserError(f"{pool.num_qubits} qubits with gates {wide or 'of one qubit'}; use 2..12 qubits "
                         "(1 without two-qubit gates)")  # fmt: skip
-    for name in ("num_gates", "depth"):
+    for name, least in (("num_gates", 1), ("depth", 0)):
         low, high = getattr(pool, name)
-        if not (name == "depth") <= low + (name == "depth") <= high + (name == "depth") or high < 1:
-            raise UserError(
-                f"{name}={(low, high)}; give (least, most) with most >= least, most >= 1"
-            )
+        if not least <= low <= high:
+            raise UserError(f"{name}={(low, high)}; give (least, most), {least} <= least <= most")
     return pool
 
 
@@ -127,11 +129,11 @@ def sample_circuits(key: jax.Array, pool: PoolSpec) -> CircuitSpec:
       UserError: the pool cannot be filled (too few different circuits, or hardly any of an allowed depth).
     """
     check_pool(pool)
-    batch = int(np.clip(2 * pool.size, 256, 20_000))
+    shape = pool._replace(size=0)  # one program for pools of any size
     parts: list[Any] = []
     seen: set[bytes] = set()
     for i in range(_MAX_DRAWS):
-        spec, ok = jax.device_get(_draw(jax.random.fold_in(key, i), pool, batch))
+        spec, ok = jax.device_get(_draw(jax.random.fold_in(key, i), shape))
         rows = np.stack(spec[:3], -1)[ok].astype(np.int8)
         keep = []
         for j, row in enumerate(rows):
@@ -146,7 +148,7 @@ def sample_circuits(key: jax.Array, pool: PoolSpec) -> CircuitSpec:
             return CircuitSpec(*(np.concatenate(x) for x in zip(*parts, strict=True)))
     raise UserError(
         f"only {len(seen)} of {pool.size} different circuits of {pool.num_gates} gates and depth "
-        f"{pool.depth} in {_MAX_DRAWS * batch} draws; widen depth, or ask for a smaller pool"
+        f"{pool.depth} in {_MAX_DRAWS * _BATCH} draws; widen depth, or ask for a smaller pool"
     )
 
 
@@ -253,6 +255,7 @@ def decode_graph(ops: Any, adj: Any, mask: str = "unsigned") -> CircuitSpec:
         rows.append((code, first, second))
     gate, q0, q1 = np.array(rows, np.int32).reshape(-1, 3).T
     spec = CircuitSpec(gate, q0, q1, np.zeros((len(rows), 3), np.float32))
-    if not np.array_equal(encode_graph(spec, n, mask).adj, adj):
+    again = encode_pool(jax.tree.map(lambda x: x[None], spec), n, mask)
+    if not np.array_equal(again.adj[0], adj):
         raise UserError("decode_graph: the edges are not those of the circuit the rows give")
     return spec

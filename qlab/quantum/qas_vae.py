@@ -246,8 +246,9 @@ def _quality(graph: Any, state: Any, g: Graph) -> dict[str, jax.Array]:
     right = logits[..., :NUM_TYPES].argmax(-1) == g.ops[..., :NUM_TYPES].argmax(-1)
     p = nnx.sigmoid(edges)
     per_node = live.sum()
-    guess = jnp.round(2 * nnx.sigmoid(logits[..., NUM_TYPES:])) / 2
-    guess = jnp.where((columns == 0.5).any(), guess, jnp.round(guess + 1e-6))
+    q = nnx.sigmoid(logits[..., NUM_TYPES:])
+    three = (columns == 0.5).any()  # a signed mask
+    guess = jnp.where(three, jnp.round(2 * q) / 2, (q > 0.5).astype(q.dtype))
     return {
         "type_acc": (right * live).sum() / per_node,
         "mask_acc": ((guess == columns) * live[..., None]).sum() / per_node
