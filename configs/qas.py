@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.gate_set = "all"  # X Y Z H RX RY RZ CNOT CZ U3 SWAP, or a tuple of these
     c.tasks = ("fidelity", "tfim", "maxcut", "h2")
     c.num_targets = 2  # of the fidelity task
-    c.threshold = 0.95
+    c.threshold = dict(fidelity=0.95, tfim=0.95, maxcut=0.95, h2=0.95)  # a good circuit's score
     c.inner = dict(steps=50, vqe_steps=100, step_size=0.5)  # Adagrad; vqe_steps for tfim and h2
     # graphs and the VAE
     c.mask = "unsigned"  # signed, none
@@ -61,6 +61,34 @@ def get_config(variant: str = "") -> ConfigDict:
         **{f"reinforce_{e}": dict(search="reinforce", embedding=e) for e in ("raw", "pca", "untrained", "learnt")},
         **{f"bo_{e}": dict(search="bo", embedding=e, runs=1) for e in ("raw", "pca", "untrained", "learnt")},
     }  # fmt: skip
+    if variant == "ablation":
+        c.update(seeds=3, tasks=("fidelity", "tfim"), search="bo", embedding="learnt", runs=1)
+        c.arms = {
+            "random": dict(search="random", runs=50),
+            "bo_learnt": dict(mask="unsigned"),  # as in the standard study
+            "no_mask": dict(mask="none"),
+            "signed": dict(mask="signed"),
+            "no_terminals": dict(terminals=False),
+            "node_sum": dict(pool_nodes="sum"),
+            "repo_loss": dict(repo_loss=True),
+            "latent_2": dict(latent_dim=2),
+            "latent_8": dict(latent_dim=8),
+            "latent_32": dict(latent_dim=32),
+            "kl_0": dict(kl_weight=0.0),
+            "kl_384": dict(kl_weight=384.0),  # a mean per node
+            "incumbent": dict(dngo=dict(target=0.0)),
+            "variance": dict(dngo=dict(use_variance=True)),
+            "unit_scale": dict(scale="unit"),
+            "pool_2000": dict(pool=2000),
+            "batch_10": dict(dngo=dict(batch=10)),
+        }
+    if variant == "full":  # eight qubits, for an accelerator
+        c.update(n_qubits=8, n_gates=(20, 30), depth=(5, 10), pool=100_000, queries=1000)
+        c.update(tasks=("fidelity", "tfim", "maxcut"))
+        c.threshold.maxcut = 0.925
+        c.predictor.update(start=300, hidden=128, hops=5)
+        for arm in c.arms:
+            c.arms[arm].runs = 50 if arm == "random" else 10  # the paper's 50 are 5 pools of 10
     if variant == "smoke":
         c.update(seeds=1, pool=300, queries=40, tasks=("fidelity",), num_targets=1, runs=1)
         c.update(hops=3, hidden=32)

@@ -67,6 +67,9 @@ CLAIMS = (
     Claim("The VAE gives node types back in 99 % of nodes", "recalled", ("bo_learnt", "vae/type_acc"), ">=", 0.99),
     Claim("The VAE gives edges back in 97 % of places", "recalled", ("bo_learnt", "vae/adj_acc"), ">=", 0.97,
           note="an empty graph is already right where no_edge_acc says"),
+    *(_hits("bo_learnt", t, (a, f"{t}/hits"), text, source) for t in _TASKS for a, text, source in (
+        ("no_mask", "The qubit columns of the encoding help BO", "encoding (section 3)"),
+        ("no_terminals", "Edges to START and END help BO", "ours"))),
     *(_hits("bo_learnt", t, ("random", f"{t}/hits"), "BO beats random search where a third or a fifth is good", "ours",
             "saturated: lift cannot exceed the ceiling") for t in ("maxcut", "h2")),
 )  # fmt: skip
@@ -103,9 +106,9 @@ def specs(c: Any) -> tuple[study.StudySpec, study.SearchSpec]:
                            c.terminals, c.vae.val_share)  # fmt: skip
     q = c.queries
     search = study.SearchSpec(
-        c.search, c.embedding, c.runs, c.threshold, c.scale,
+        c.search, c.embedding, c.runs, tuple(c.threshold.items()), c.scale,
         bo.DngoSpec(queries=q, **c.dngo.to_dict()),
-        qs.ReinforceSpec(queries=q, threshold=c.threshold, **c.reinforce.to_dict()),
+        qs.ReinforceSpec(queries=q, **c.reinforce.to_dict()),
         qs.EvolutionSpec(queries=q, **c.evolution.to_dict()),
         qs.PredictorSpec(queries=q, **c.predictor.to_dict()),
     )  # fmt: skip

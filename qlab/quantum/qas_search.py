@@ -56,21 +56,32 @@ def _nearest(emb: jax.Array, point: jax.Array, visited: jax.Array) -> jax.Array:
 # ---- REINFORCE ----------------------------------------------------------------------------------
 
 
-class ReinforceSpec(NamedTuple):
-    """batches: sizes while the last batch's mean score is below steps[0], steps[1], threshold, and beyond.
+class Reward(NamedTuple):
+    """What REINFORCE knows of a task; may be traced.
 
-    baseline, decay: b0 and alpha of b <- alpha b + (1 - alpha) mean score. first: size of the first batch.
+    baseline, decay: b0 and alpha of b <- alpha b + (1 - alpha) mean score. threshold: from which a circuit is good.
+    """
+
+    baseline: Any = 0.5
+    decay: Any = 0.7
+    threshold: Any = 0.95
+
+
+ANY_TASK = Reward()
+
+
+class ReinforceSpec(NamedTuple):
+    """batches: sizes while the last batch's mean score is below steps[0], steps[1], the threshold, and beyond.
+
+    first: size of the first batch.
     """
 
     queries: int = 300
-    threshold: float = 0.95
     first: int = 16
     batches: tuple[int, int, int, int] = (8, 16, 24, 32)
     steps: tuple[float, float] = (0.5, 0.7)
     hidden: int = 128
     learning_rate: float = 1e-2
-    baseline: float = 0.5
-    decay: float = 0.7
 
 
 class Policy(nnx.Module):
@@ -91,7 +102,7 @@ class Policy(nnx.Module):
 
 @functools.partial(jax.jit, static_argnames="spec")
 def reinforce_search(
-    key: jax.Array, emb: jax.Array, score_fn: Any, spec: ReinforceSpec
+    key: jax.Array, emb: jax.Array, score_fn: Any, spec: ReinforceSpec, task: Reward = ANY_TASK
 ) -> SearchResult:
     """A policy walks through the pool: from the last circuit's embedding it draws a point, and the nearest unvisited
     circuit is next. After a batch: one Adam step on mean_t[-(log pi(a_t) / D) (r_t - b)] (the source averages log pi
@@ -111,7 +122,7 @@ def reinforce_search(
     score = jnp.zeros(spec.queries + widest, jnp.float32).at[0].set(score_fn(begin))
     visited = jnp.zeros(size, bool).at[begin].set(True)
     rooms = jnp.array(spec.batches, jnp.int32)
-    levels = jnp.array([*spec.steps, spec.threshold], jnp.float32)
+    levels = jnp.array([*spec.steps, task.threshold], jnp.float32)
 
     def batch(state):
         params, opt_state, order, score, visited, count, width, baseline = state
@@ -152,13 +163,13 @@ def reinforce_search(
         updates, opt_state = tx.update(jax.grad(loss)(params), opt_state)
         params = optax.apply_updates(params, updates)
         mean_score = (weight * reward).sum()
-        baseline = spec.decay * baseline + (1 - spec.decay) * mean_score
+        baseline = task.decay * baseline + (1 - task.decay) * mean_score
         # the next batch grows with what the last one was worth
         next_width = rooms[(mean_score >= levels).sum()]
         return params, opt_state, order, score, visited, count + room, next_width, baseline
 
     state = (params, tx.init(params), order, score, visited, jnp.int32(1), jnp.int32(spec.first),
-             jnp.float32(spec.baseline))  # fmt: skip
+             jnp.asarray(task.baseline, jnp.float32))  # fmt: skip
     state = jax.lax.while_loop(lambda s: s[5] < spec.queries, batch, state)
     return SearchResult(state[2][: spec.queries], state[3][: spec.queries])
 

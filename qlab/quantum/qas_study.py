@@ -96,7 +96,7 @@ def _label(seed: tuple[int, ...], pool: qp.PoolSpec, task: str, spec: tuple) -> 
         objective = qt.fidelity_objective(qt.draw_target(k_target, specs, pool), steps)
     else:
         objective = qt.energy_objective(name, n, steps, vqe_steps)
-    return np.asarray(qt.label_pool(specs, objective, num_qubits=n, learning_rate=step_size))
+    return qt.label_pool(specs, objective, num_qubits=n, learning_rate=step_size)
 
 
 def labels_of(key: jax.Array, spec: StudySpec) -> np.ndarray:
@@ -153,12 +153,15 @@ def pca(x: np.ndarray, dim: int) -> np.ndarray:
 
 
 class SearchSpec(NamedTuple):
-    """search, embedding: of SEARCHES, EMBEDDINGS. scale: "none" as in the paper, or "unit": centred, mean variance 1."""
+    """search, embedding: of SEARCHES, EMBEDDINGS. scale: "none" as in the paper, or "unit": centred, mean variance 1.
+
+    thresholds: (task, score from which a circuit counts as good).
+    """
 
     search: str
     embedding: str
     runs: int
-    threshold: float
+    thresholds: tuple[tuple[str, float], ...]
     scale: str
     dngo: bo.DngoSpec
     reinforce: qs.ReinforceSpec
@@ -178,21 +181,23 @@ def check_search(spec: SearchSpec, pool: qp.PoolSpec) -> SearchSpec:
         raise UserError(
             f"scale={spec.scale!r}, runs={spec.runs}; use none or unit, and a run at least"
         )
+    if bad := [t for t, _ in spec.thresholds if t not in qt.TASKS]:
+        raise UserError(f"threshold of {bad[0]!r}{nearest(bad[0], qt.TASKS)}")
     # DNGO and the predictor fill their last round, which may go beyond the queries
     qs.check_queries(spec.dngo.queries, pool.size - max(spec.dngo.top, spec.predictor.rounds))
     return spec
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "num_qubits", "mask", "prior"))
+@functools.partial(jax.jit, static_argnames=("spec", "num_qubits", "mask"))
 def _runs(
     keys: jax.Array,
     points: Any,
     pool: Pool,
     score_fn: Any,
+    task: qs.Reward,
     spec: SearchSpec,
     num_qubits: int,
     mask: str,
-    prior: tuple[float, float],
 ) -> jax.Array:
     """order i32[R, Q] of one search from every key."""
 
@@ -203,14 +208,21 @@ def _runs(
         if spec.search == "bo":
             return bo.dngo_search(key, points, score_fn, spec.dngo).order
         if spec.search == "reinforce":
-            walk = spec.reinforce._replace(baseline=prior[0], decay=prior[1])
-            return qs.reinforce_search(key, points, score_fn, walk).order
+            return qs.reinforce_search(key, points, score_fn, spec.reinforce, task).order
         if spec.search == "evo":
             return qs.evolution_search(key, points, pool.specs, score_fn, spec.evolution,
                                        num_qubits=num_qubits, mask=mask).order  # fmt: skip
         return qs.predictor_search(key, pool.graphs, score_fn, spec.predictor).order
 
     return jax.lax.map(one, keys)
+
+
+def threshold_of(task: str, search: SearchSpec) -> float:
+    """Raises: UserError: the task has none."""
+    known = dict(search.thresholds)
+    if task not in known:
+        raise UserError(f"task {task} has no threshold; give config.threshold.{task}")
+    return known[task]
 
 
 def run_task(key: jax.Array, task: int, spec: StudySpec, search: SearchSpec) -> np.ndarray:
@@ -224,13 +236,17 @@ def run_task(key: jax.Array, task: int, spec: StudySpec, search: SearchSpec) -> 
         if search.scale == "unit":
             points = (points - points.mean(0)) / jnp.sqrt(points.var(0).mean())
     keys = jax.random.split(jax.random.fold_in(_key(_data(key), 3), task), search.runs)
-    # b0 and alpha of REINFORCE, the source's by task
-    prior = (0.9 if name == "maxcut" else 0.5, 0.8 if name == "fidelity" else 0.7)
+    # b0 and alpha are the source's
+    about = qs.Reward(
+        0.9 if name == "maxcut" else 0.5,
+        0.8 if name == "fidelity" else 0.7,
+        threshold_of(name, search),
+    )
     table = jax.tree_util.Partial(_look_up, jnp.asarray(scores))
-    prior = prior if search.search == "reinforce" else (0.0, 0.0)
-    specs = jax.tree.map(jnp.asarray, pool.specs)
-    order = _runs(keys, points, pool._replace(specs=specs), table, search, spec.pool.num_qubits,
-                  spec.mask, prior)  # fmt: skip
+    data = pool._replace(specs=jax.tree.map(jnp.asarray, pool.specs))
+    # what the program does not depend on stays out of its name
+    bare = search._replace(embedding="", runs=0, scale="", thresholds=())
+    order = _runs(keys, points, data, table, about, bare, spec.pool.num_qubits, spec.mask)
     return np.asarray(order)
 
 
@@ -313,8 +329,9 @@ def study_numbers(
         smooth = latent_numbers(_key(_data(key), 5), embedded.points, labels)
     by_task: dict[str, list[dict[str, Any]]] = {}
     for name, order, scores, more in zip(names, orders, labels, smooth, strict=True):
-        numbers = search_numbers(order, scores, search.threshold) | more
-        by_task.setdefault(name.partition("_")[0], []).append(numbers)
+        task = name.partition("_")[0]
+        numbers = search_numbers(order, scores, threshold_of(task, search)) | more
+        by_task.setdefault(task, []).append(numbers)
     out: dict[str, Any] = {"queries": np.arange(1, orders.shape[-1] + 1, dtype=np.float32)}
     for task, parts in by_task.items():
         for k, v in pooled(parts).items():

@@ -154,15 +154,30 @@ def optimise_angles(
 
 
 @functools.partial(jax.jit, static_argnames=("num_qubits", "learning_rate"))
-def label_pool(
-    pool: CircuitSpec, objective: Objective, *, num_qubits: int, learning_rate: float = 0.5
-) -> jax.Array:
-    """f32[P]: the score of every circuit. One compilation for all objectives and numbers of steps."""
-
+def _label(pool: CircuitSpec, objective: Objective, num_qubits: int, learning_rate: float):
     def one(spec):
         return optimise_angles(spec, objective, num_qubits, learning_rate=learning_rate)[0]
 
     return jax.vmap(one)(pool)
+
+
+def label_pool(
+    pool: CircuitSpec,
+    objective: Objective,
+    *,
+    num_qubits: int,
+    learning_rate: float = 0.5,
+    chunk: int = 8192,
+) -> np.ndarray:
+    """f[P]: the score of every circuit, in chunks of one shape. One compilation for all objectives and steps."""
+    size = pool.gate.shape[0]
+    width = min(chunk, size)
+    parts = []
+    for at in range(0, size, width):
+        rows = np.minimum(np.arange(at, at + width), size - 1)
+        part = jax.tree.map(lambda x, rows=rows: x[rows], pool)
+        parts.append(np.asarray(_label(part, objective, num_qubits, learning_rate)))
+    return np.concatenate(parts)[:size]
 
 
 def reference_score(

@@ -145,7 +145,7 @@ def searches(drawn):
     pool, graphs = drawn
     raw = qp.flat_rows(graphs)
     dngo = bo.DngoSpec(Q, 8, 5, 16, 20, 0)
-    walk = qs.ReinforceSpec(Q, 0.95, 6, (2, 4, 6, 8), hidden=8)
+    walk = qs.ReinforceSpec(Q, 6, (2, 4, 6, 8), hidden=8)
     evolve = qs.EvolutionSpec(Q, 12, 4, 6)
     rate = qs.PredictorSpec(Q, 12, 3, 8, 3, 4)
     return {
@@ -188,7 +188,7 @@ def test_bayesian_optimisation_finds_what_lies_together(drawn, blobs):
 def test_reinforce_climbs_a_slope():
     """Scores rise along one axis of the embedding; the other axis says nothing."""
     emb = jax.random.normal(jax.random.key(0), (1500, 2))
-    spec = qs.ReinforceSpec(120, 0.95, 6, (2, 4, 6, 8), hidden=8, learning_rate=0.03)
+    spec = qs.ReinforceSpec(120, 6, (2, 4, 6, 8), hidden=8, learning_rate=0.03)
     keys = jax.random.split(jax.random.key(1), 6)
     run = jax.jit(lambda f: jax.lax.map(lambda k: qs.reinforce_search(k, emb, f, spec).order, keys))
     mean = [
@@ -221,7 +221,7 @@ def test_bayesian_optimisation_evaluates_the_largest_expected_improvement(drawn,
 def test_batches_of_reinforce_grow_with_the_score(drawn):
     """A pool of one score fixes every width: first 6, then 2, 4, 6 or 8; the policy moves at batch ends only."""
     emb = jax.random.normal(jax.random.key(0), (P, 3))
-    spec = qs.ReinforceSpec(Q, 0.95, 6, (2, 4, 6, 8), hidden=8)
+    spec = qs.ReinforceSpec(Q, 6, (2, 4, 6, 8), hidden=8)
     same = {}
     for value in (0.1, 0.6, 0.8, 1.0):
         same[value] = np.asarray(
@@ -237,7 +237,7 @@ def test_batches_of_reinforce_grow_with_the_score(drawn):
 def test_reinforce_learns_nothing_from_a_reward_at_its_baseline(drawn):
     """(r - b) = 0 gives no gradient: the policy of another learning rate walks the same way."""
     emb = jax.random.normal(jax.random.key(0), (P, 3))
-    spec = qs.ReinforceSpec(Q, 0.95, 6, (6, 6, 6, 6), hidden=8, baseline=0.5)
+    spec = qs.ReinforceSpec(Q, 6, (6, 6, 6, 6), hidden=8)
     flat = table(np.full(P, 0.5))
     a = qs.reinforce_search(jax.random.key(5), emb, flat, spec).order
     b = qs.reinforce_search(jax.random.key(5), emb, flat, spec._replace(learning_rate=0.0)).order

@@ -71,13 +71,16 @@ def test_the_run_stops_at_a_small_change(pool):
 
 def test_scores_are_shares_more_steps_help_and_one_program_serves_all(pool):
     with jax.enable_x64(False):
-        before = qt.label_pool._cache_size()
+        before = qt._label._cache_size()
         objective = qt.energy_objective("tfim", 4, 1, 50)
         long = np.asarray(qt.label_pool(pool, objective, num_qubits=4))
         none = np.asarray(qt.label_pool(pool, objective._replace(steps=0), num_qubits=4))
         fid = qt.fidelity_objective(np.eye(16)[0], 5)
         other = np.asarray(qt.label_pool(pool, fid, num_qubits=4))
-        assert qt.label_pool._cache_size() == before + 1
+        assert qt._label._cache_size() == before + 1
+    with jax.enable_x64(False):
+        parts = qt.label_pool(pool, fid, num_qubits=4, chunk=25)  # 25 + 25 + 10
+    np.testing.assert_allclose(parts, other, atol=1e-5)
     for y in (long, none, other):
         assert (y >= 0).all()
         assert (y <= 1).all()
