@@ -248,8 +248,8 @@ def test_projected_adam_equals_its_float64_copy():
     order = np.argsort(-np.diag(h))
     got = SOLVERS["train"](w, h, s, z)
     expected = numpy_projected(w, h, s, z, order, 50, 50, 1e-2)
-    assert (np.asarray(got) != expected).mean() < 0.05  # a weight at a tie may tip
-    assert (np.asarray(got) != np.asarray(nearest(w, s, z, -2, 1))).mean() > 0.1
+    assert (np.asarray(got) != expected).mean() <= 0.021  # one weight at a tie may tip
+    assert (np.asarray(got) != np.asarray(nearest(w, s, z, -2, 1))).mean() > 0.05
 
 
 # The alternation
