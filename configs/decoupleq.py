@@ -70,6 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "shrink_gptq": {"method": "shrink_gptq"},
         "adaround": {"method": "adaround", "learning_rate": 3e-2},
         "flexround": {"method": "flexround", "learning_rate": 3e-2},
+        "flexround_block": {"method": "flexround", "learning_rate": 3e-2, "unit": "block"},
         "decoupleq": {"method": "decoupleq"},
         "decoupleq_block": block,
         "gptq_minmax_fp": {"method": "gptq", "calibration": "minmax", "target": "fp"},
@@ -77,6 +78,12 @@ def get_config(variant: str = "") -> ConfigDict:
         "shrink_gptq_fp": {"method": "shrink_gptq", "target": "fp"},
         "adaround_fp": {"method": "adaround", "learning_rate": 3e-2, "target": "fp"},
         "flexround_fp": {"method": "flexround", "learning_rate": 3e-2, "target": "fp"},
+        "flexround_block_fp": {
+            "method": "flexround",
+            "learning_rate": 3e-2,
+            "unit": "block",
+            "target": "fp",
+        },
         "decoupleq_fp": {"method": "decoupleq", "target": "fp"},
         "decoupleq_block_fp": {**block, "target": "fp"},
     }

@@ -195,6 +195,13 @@ def test_a_negative_scale_is_the_same_grid_mirrored(name):
     np.testing.assert_array_equal(mirrored, -1 - q)
 
 
+def test_halves_go_up():
+    w = jnp.array([[-1.5, -0.5, 0.5, 1.5]])
+    one, zero = jnp.ones((1, 1)), jnp.zeros((1, 1))
+    assert nearest(w, one, zero, -8, 7).tolist() == [[-1, 0, 1, 2]]
+    assert SOLVERS["gptq"](w, jnp.eye(4), one, zero + 0.5).tolist() == [[-2, -1, 0, 1]]
+
+
 def test_a_scale_of_zero_is_no_division_by_it():
     assert np.asarray(
         nearest(jnp.ones((1, 2)), jnp.zeros((1, 1)), jnp.ones((1, 1)), -2, 1)
