@@ -7,6 +7,9 @@ w_hat = dequantize(qt)
 
 from qlab.quantization.adaquant import adaquant
 from qlab.quantization.adaround import adaround
+from qlab.quantization.affine_fit import fit_affine, shrink_search
+from qlab.quantization.decoupleq import DecoupleQ, decoupleq_layer
+from qlab.quantization.decoupleq_walk import block_step
 from qlab.quantization.flexround import flexround, lrq
 from qlab.quantization.gptq import fp_target, gptq_round, hessian_init, hessian_update
 from qlab.quantization.grid import Grid, make_grid, search_affine, search_symmetric
@@ -36,6 +39,7 @@ ROUNDING_RULES = {
 __all__ = [
     "QUANTIZERS",
     "ROUNDING_RULES",
+    "DecoupleQ",
     "Grid",
     "QTensor",
     "Quantizer",
@@ -43,8 +47,11 @@ __all__ = [
     "adaquant",
     "adaround",
     "block_reconstruct",
+    "block_step",
     "clip_ste",
+    "decoupleq_layer",
     "dequantize",
+    "fit_affine",
     "flexround",
     "fp_target",
     "gptq_round",
@@ -63,6 +70,7 @@ __all__ = [
     "rtn",
     "search_affine",
     "search_symmetric",
+    "shrink_search",
     "uniform",
     "unpack",
     "unpack_qtensor",

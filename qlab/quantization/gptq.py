@@ -83,15 +83,12 @@ def inverse_factor(h: jax.Array, damp) -> tuple[jax.Array, jax.Array]:
     return u, jnp.where(jnp.isfinite(u).all(), rung, LADDER)
 
 
-def gptq_solve(
-    w, h, scale, offset, q_min, q_max, *, perm=None, damp=0.01, ties: Ties = "half_even"
-):
-    """(codes, rung): `gptq_round` with the rung of the damping ladder, 0 if the first one held."""
-    w = w.astype(h.dtype)
-    scale, offset = (jnp.broadcast_to(expand(a, w.shape), w.shape) for a in (scale, offset))
-    if perm is not None:
-        w, scale, offset, h = w[:, perm], scale[:, perm], offset[:, perm], h[perm][:, perm]
-    u, rung = inverse_factor(h, damp)
+def gptq_columns(w, u, scale, offset, q_min, q_max, *, ties: Ties = "half_even") -> jax.Array:
+    """i32[out, in] codes, column after column, with the factor u of `inverse_factor` (in the order of w).
+
+    Args:
+      scale, offset: of the shape of w; a scale may be negative.
+    """
     columns = jnp.arange(w.shape[1])
 
     def body(i, carry):
@@ -103,7 +100,19 @@ def gptq_solve(
         w = w - jnp.outer(err, jnp.where(columns > i, u[i], 0.0))
         return w, codes.at[:, i].set(q.astype(jnp.int32))
 
-    _, codes = jax.lax.fori_loop(0, w.shape[1], body, (w, jnp.zeros(w.shape, jnp.int32)))
+    return jax.lax.fori_loop(0, w.shape[1], body, (w, jnp.zeros(w.shape, jnp.int32)))[1]
+
+
+def gptq_solve(
+    w, h, scale, offset, q_min, q_max, *, perm=None, damp=0.01, ties: Ties = "half_even"
+):
+    """(codes, rung): `gptq_round` with the rung of the damping ladder, 0 if the first one held."""
+    w = w.astype(h.dtype)
+    scale, offset = (jnp.broadcast_to(expand(a, w.shape), w.shape) for a in (scale, offset))
+    if perm is not None:
+        w, scale, offset, h = w[:, perm], scale[:, perm], offset[:, perm], h[perm][:, perm]
+    u, rung = inverse_factor(h, damp)
+    codes = gptq_columns(w, u, scale, offset, q_min, q_max, ties=ties)
     return (codes if perm is None else codes[:, jnp.argsort(perm)]), rung
 
 

@@ -178,6 +178,7 @@ def calibrate(
     ties: Ties = "half_even",
     p: float = 2.4,
     n_grid: int = 100,
+    group: int = 0,
 ) -> Grid:
     """The grid of a matrix w f32[out, in], with `bits` i32[] and `shared` bool[] as data.
 
@@ -185,7 +186,14 @@ def calibrate(
       bits: width of the grid, at most max_bits (static: the width of the stored codes).
       shared: one scale for all rows. symmetric: [-2^(b-1), 2^(b-1) - 1] and no zero point.
       calibration: "searched" (least |error|^p) or "minmax" (symmetric: max |w| / (2^(b-1) - 1)).
+      group: columns that share a scale, a divisor of in; 0: the whole row.
     """
+    if group:
+        options = dict(symmetric=symmetric, calibration=calibration, ties=ties, p=p, n_grid=n_grid)
+        grid = calibrate(w.reshape(-1, group), bits, shared, max_bits=max_bits, **options)
+        shape = (w.shape[0], w.shape[1] // group)
+        zero = None if grid.zero is None else grid.zero.reshape(shape)
+        return dataclasses.replace(grid, scale=grid.scale.reshape(shape), zero=zero)
     bits = jnp.asarray(bits, jnp.float32)
     shared = jnp.asarray(shared)
     if symmetric:
@@ -218,16 +226,11 @@ def make_grid(w, bits: int, granularity: str = "channel", **options) -> Grid:
     """
     check_bits(bits)
     group = group_size(granularity, w.shape[-1])
-    if not group:
-        return calibrate(w, bits, granularity == "tensor", max_bits=bits, **options)
-    if w.shape[-1] % group:
+    if group and w.shape[-1] % group:
         raise ValueError(
             f"{granularity} does not divide in={w.shape[-1]}; pad the columns with zeros"
         )
-    grid = calibrate(w.reshape(-1, group), bits, False, max_bits=bits, **options)
-    shape = (w.shape[0], w.shape[1] // group)
-    zero = None if grid.zero is None else grid.zero.reshape(shape)
-    return dataclasses.replace(grid, scale=grid.scale.reshape(shape), zero=zero)
+    return calibrate(w, bits, granularity == "tensor", max_bits=bits, group=group, **options)
 
 
 def group_size(granularity: str, width: int) -> int:

@@ -18,6 +18,7 @@ import optax
 from qlab.lab.errors import UserError, nearest
 from qlab.quantization.adaquant import adaquant
 from qlab.quantization.adaround import adaround
+from qlab.quantization.decoupleq import DecoupleQ, decoupleq_layer
 from qlab.quantization.flexround import flexround, lrq
 from qlab.quantization.gptq import LADDER, gptq_solve, hessian_init, hessian_update
 from qlab.quantization.grid import MAX_BITS, Calibration, Grid, group_size, make_grid
@@ -33,7 +34,7 @@ RULES = {
     "flexround": (flexround, 3e-2),
     "lrq": (lrq, 3e-2),
 }
-METHODS = ("rtn", "gptq", *RULES)
+METHODS = ("rtn", "gptq", "decoupleq", *RULES)
 
 
 def quantize_matrix(
@@ -54,9 +55,10 @@ def quantize_matrix(
 
     Args:
       w: the matrix, rows = outputs. x_calib: f32[N, in] inputs of the layer; may be None for "rtn".
-      method: "rtn", "gptq", "adaround", "adaquant", "flexround" or "lrq".
-      bits: 1 to 8. granularity: "tensor", "channel" or "group:g".
-      symmetric: without zero point. calibration: of the grid, "searched" or "minmax".
+      method: "rtn", "gptq", "decoupleq", "adaround", "adaquant", "flexround" or "lrq".
+      bits: 1 to 8. granularity: "tensor" (not for "decoupleq"), "channel" or "group:g".
+      symmetric: without zero point (for "decoupleq": without real offset). calibration: of the grid,
+        "searched" or "minmax"; "decoupleq" finds its own.
       num_iters, learning_rate: of Adam with cosine decay, for the learned methods. On inputs without
         correlation, where little is to be gained, 3e-2 at 4 bits can end a few percent above rounding to
         nearest: `verbose` shows it, and 3e-4 ends below.
@@ -92,6 +94,11 @@ def quantize_matrix(
             f"x_calib has {x.shape[1]} columns, w f32[out, in] has in={w.shape[1]}; they must agree{hint}"
         )
     num_in = w.shape[1]
+    if method == "decoupleq":
+        qt = _decoupleq(w, x, bits, granularity, symmetric)
+        if verbose:
+            print(_line(method, granularity, layer_report(w, qt, x)))
+        return qt
     pad = [(0, 0), (0, -num_in % group if group else 0)]
     w, x = jnp.pad(w, pad), None if x is None else jnp.pad(x, pad)
     grid = make_grid(w, bits, granularity, symmetric=symmetric, calibration=calibration)
@@ -139,6 +146,21 @@ def grid_search(bits: int) -> Calibration:
     return "searched" if bits <= 5 else "minmax"
 
 
+_layer = jax.jit(decoupleq_layer, static_argnames="cfg")
+
+
+def _decoupleq(w, x, bits: int, granularity: str, symmetric: bool) -> QTensor:
+    if granularity == "tensor":
+        raise UserError(
+            'method="decoupleq" fits scales to rows or groups; use granularity="channel" or "group:g"'
+        )
+    if not bool((x != 0).any()):
+        raise UserError("x_calib holds nothing but zeros; pass inputs that the layer meets")
+    cfg = DecoupleQ(bits, group_size(granularity, w.shape[1]), symmetric)
+    h = hessian_update(hessian_init(w.shape[1]), x).mean
+    return _layer(w, h, cfg)[0]
+
+
 def _learn(rule: RoundingRule, w, grid: Grid, x, key, num_iters: int, rate) -> QTensor:
     key = jax.random.key(0) if key is None else key
     k_init, k_steps = jax.random.split(key)
@@ -173,7 +195,7 @@ def layer_report(w, qt: QTensor, x=None) -> dict[str, float]:
         method="rtn",
         bits=qt.bits,
         granularity=kind,
-        symmetric=qt.zero is None,
+        symmetric=qt.signed,
         calibration=grid_search(qt.bits),
     )
     mse, nearest_mse = (float(((x @ dequantize(q).T - y) ** 2).mean()) for q in (qt, near))

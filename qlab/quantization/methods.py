@@ -25,14 +25,18 @@ class Unit(NamedTuple):
 
     w: its matrices, tuple of f32[out, in]. grid: one Grid each. forward: (w_hats, x) -> output.
     x_q: inputs behind the quantized layers before it; x_fp: behind the float ones; y: the target.
+    b: its biases, which forward takes others for as a third argument. inputs: (w_hats, x) -> the
+    input of each of its layers.
     """
 
     w: tuple[jax.Array, ...]
     grid: tuple[Grid, ...]
-    forward: Callable[[tuple[jax.Array, ...], jax.Array], jax.Array]
+    forward: Callable[..., jax.Array]
     x_q: jax.Array
     x_fp: jax.Array
     y: jax.Array
+    b: tuple[jax.Array, ...] = ()
+    inputs: Callable[..., tuple[jax.Array, ...]] = lambda w_hat, x: (x,)
 
 
 class Method(NamedTuple):
@@ -43,6 +47,9 @@ class Method(NamedTuple):
       init: (w, grid, key) -> carry. round: (carry, unit, key, i) -> (carry, loss).
       hard: (carry, unit) -> (tuple of QTensor, fallbacks f32[]), the integers at this moment.
       layerwise: the method knows single layers only.
+      blank: (w, grid) -> the QTensor that holds a layer's place before its turn, of the structure of
+        those of `hard`; None: nearest on the grid.
+      biases: carry -> biases that replace the unit's; None: they stay.
     """
 
     rounds: int
@@ -50,6 +57,8 @@ class Method(NamedTuple):
     round: Callable[..., tuple[Any, jax.Array]]
     hard: Callable[[Any, Unit], tuple[tuple[QTensor, ...], jax.Array]]
     layerwise: bool = False
+    blank: Callable[[jax.Array, Grid], QTensor] | None = None
+    biases: Callable[[Any], tuple[jax.Array, ...]] | None = None
 
 
 def squared_error(y_hat: jax.Array, y: jax.Array, reduction: str = "sum_outputs") -> jax.Array:

@@ -43,7 +43,7 @@ class Group(NamedTuple):
     w, b: weights and biases. grid: their grids. q: the QTensors found so far. carry: the method's,
     of the unit at work. x_q, x_fp: its inputs; next_q, next_fp: inputs of the unit to come.
     error: f32[T, n, 2], layer MSE of the hardened unit and of rounding to nearest.
-    fallbacks: f32[T, n].
+    fallbacks: f32[T, n]. b_q: biases of the quantized net, () where they are b.
     """
 
     w: tuple[jax.Array, ...]
@@ -57,6 +57,7 @@ class Group(NamedTuple):
     next_fp: jax.Array
     error: jax.Array
     fallbacks: jax.Array
+    b_q: tuple[jax.Array, ...] = ()
 
 
 class State(NamedTuple):
@@ -112,6 +113,12 @@ def post_training(
     if unknown:
         raise ValueError(f'vary={tuple(vary)}; use some of "net", "calibration", "method"')
     options = dict(grid_options or {})
+    group = options.get("group", 0)
+    if group and any(cols % group for _, cols in shapes):
+        raise ValueError(
+            f"group={group} does not divide the inputs of all layers "
+            f"({', '.join(str(cols) for _, cols in shapes)}); use a divisor, or 0 for whole rows"
+        )
     units = unit_layers(len(chain.names), "layer" if method.layerwise else unit)
     max_bits = max(t.bits for t in tasks)
     sample = jax.ShapeDtypeStruct((num_calibration, *pool.shape[1:]), jnp.float32)
@@ -142,7 +149,8 @@ def post_training(
             w = tuple(pick(j, 0) for j in range(len(first)))
             b = tuple(pick(j, 1) for j in range(len(first)))
             grid = tuple(make_grids(a, bits, shared) for a in w)
-            q = tuple(jax.vmap(jax.vmap(_nearest))(a, g) for a, g in zip(w, grid, strict=True))
+            blank = jax.vmap(jax.vmap(method.blank or _nearest))
+            q = tuple(blank(a, g) for a, g in zip(w, grid, strict=True))
             here = jax.tree.map(lambda a: a[:, 0], (w, grid))
             carry = jax.jit(jax.vmap(method.init))(*here, keys)
             x = x0 if plan.first == 0 else jnp.zeros(x_shape)
@@ -160,6 +168,7 @@ def post_training(
                     x,
                     jnp.ones((len(tasks), n, 2)),
                     jnp.zeros((len(tasks), n)),
+                    b if method.biases else (),
                 )
             )
             x_shape = next_shape(chain, plan, w, x_shape)
@@ -180,18 +189,26 @@ def post_training(
             k_init, k_round = jax.random.split(k_unit)
             carry = new(method.init(w, grid, k_init), group.carry)
 
-            def unit_forward(w_hat, x):
-                for j, (a, c) in enumerate(zip(w_hat, b, strict=True)):
+            def unit_forward(w_hat, x, b_hat=b):
+                for j, (a, c) in enumerate(zip(w_hat, b_hat, strict=True)):
                     x = affine(Layer(a, c), x if j == 0 else chain.pre[plan.layers[0][j]](x))
                 return x
+
+            def unit_inputs(w_hat, x):
+                xs = [x]
+                for j, (a, c) in enumerate(zip(w_hat[:-1], b[:-1], strict=True)):
+                    xs.append(chain.pre[plan.layers[0][j + 1]](affine(Layer(a, c), xs[-1])))
+                return tuple(xs)
 
             y_fp = unit_forward(w, x_fp)
             y = y_fp if target == "fp" else unit_forward(w, x_q)
             # With target "same" the float input of a unit is its input behind the quantized prefix.
-            task = Unit(w, grid, unit_forward, x_q, x_fp if target == "fp" else x_q, y)
+            x_ref = x_fp if target == "fp" else x_q
+            task = Unit(w, grid, unit_forward, x_q, x_ref, y, b, unit_inputs)
             carry, loss = method.round(carry, task, k_round, local)
             q, fallbacks = method.hard(carry, task)
-            y_hat = unit_forward(tuple(map(dequantize, q)), x_q)
+            b_q = method.biases(carry) if method.biases else b
+            y_hat = unit_forward(tuple(map(dequantize, q)), x_q, b_q)
             y_near = unit_forward(
                 tuple(dequantize(_nearest(a, c)) for a, c in zip(w, grid, strict=True)), x_q
             )
@@ -206,6 +223,7 @@ def post_training(
                 x_fp=x_fp,
                 error=put(group.error, error),
                 fallbacks=put(group.fallbacks, fallbacks),
+                b_q=put(group.b_q, b_q) if method.biases else (),
             )
             if within is not None:
                 group = group._replace(next_q=within(y_hat), next_fp=within(y_fp))
@@ -245,9 +263,10 @@ def post_training(
                         w, b, grid, q = jax.tree.map(
                             lambda a: a[n], (group.w[j], group.b[j], group.grid[j], group.q[j])
                         )
-                        layers[layer] = Layer(dequantize(q), b)
+                        layers[layer] = Layer(dequantize(q), group.b_q[j][n] if group.b_q else b)
                         floats[layer] = Layer(w, b)
-                        far = jnp.abs(q.codes.astype(jnp.float32) - nearest_codes(w, grid))
+                        codes = q.codes[:, : w.shape[1]].astype(jnp.float32)
+                        far = jnp.abs(codes - nearest_codes(w, grid))
                         moved.append(jnp.stack([(far >= 1).mean(), (far >= 2).mean()]) * 100.0)
             order = range(len(chain.names))
             hits = [
@@ -269,13 +288,14 @@ def post_training(
 
         values = jax.vmap(one_task)(state.groups)
         hits = values.pop("hits")
+        stored = options | {"offset": state.groups[0].q[0].offset is not None}
         out = {}
         for t, task in enumerate(tasks):
             if task.draw == 0 and task.run == 0:
                 out |= {f"{task.name}/{name}": v[t] for name, v in values.items()}
                 out |= {
                     f"{task.name}/{k}": jnp.float32(v)
-                    for k, v in storage(shapes, task, options).items()
+                    for k, v in storage(shapes, task, stored).items()
                 }
         return out | variance_split(tasks, hits, percent)
 

@@ -57,14 +57,18 @@ def storage(
 ) -> dict[str, float]:
     """Bytes of the packed weights with scales (f32) and zero points (a byte), and bits per weight.
 
+    Options: symmetric (no zero points), group (columns that share a scale), offset (real, f32, instead of
+    zero points).
+
     >>> storage([(10, 16)], Task("w2", 2, "channel"), {})
     {'bytes': 90.0, 'stored_bits': 4.5}
     """
     num_bytes = 0
     for rows, cols in sizes:
-        scales = 1 if task.granularity == "tensor" else rows
-        num_bytes += rows * row_bytes(cols, task.bits)
-        num_bytes += scales * (4 if options.get("symmetric") else 5)
+        group = options.get("group", 0)
+        scales = 1 if task.granularity == "tensor" else rows * (cols // group if group else 1)
+        num_bytes += rows * row_bytes(cols, task.bits, group)
+        num_bytes += scales * (8 if options.get("offset") else 4 if options.get("symmetric") else 5)
     return {
         "bytes": float(num_bytes),
         "stored_bits": 8.0 * num_bytes / sum(r * c for r, c in sizes),
