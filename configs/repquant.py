@@ -60,7 +60,29 @@ def get_config(variant: str = "") -> ConfigDict:
         "repquant": {"rewrite": "reparam", "reconstruction": "gptq"},
     }
     if variant == "smoke":
-        c.update(seeds=1)
+        c.update(seeds=1, net="digits_vit_small", bits=((4, 4),), clip_steps=50)
+        for arm in ("smooth", "token", "token_gptq", "repq_vit", "dual_clip"):
+            del c.arms[arm]
+    if variant == "ablation":
+        # RepQuant with one part exchanged at a time
+        c.bits = ((3, 4), (4, 4))
+        whole = {"rewrite": "reparam", "reconstruction": "gptq"}
+        c.arms = {
+            "repquant": whole,
+            "softmax_uniform": whole | {"softmax": "uniform"},
+            "softmax_log2": whole | {"softmax": "log2"},
+            "zero_repo": whole | {"zero_code": "repo"},
+            "mean_zero": whole | {"round_zero": False},
+            "clip_none": whole | {"clip": "none"},
+            "clip_quantile": whole | {"clip": "quantile"},
+            "clip_single": whole | {"clip": "single"},
+            "recon_none": whole | {"reconstruction": "none"},
+            "recon_adaround": whole | {"reconstruction": "adaround"},
+            "images_8": whole | {"num_calibration": 8},
+            "images_128": whole | {"num_calibration": 128},
+        }
+    if variant == "full":
+        c.update(seeds=10, clip_steps=1000, num_iters=2000)
     return c
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
-import jax.numpy as jnp
 
 from qlab import data
 from qlab.lab.experiment import Claim, Experiment, Figure, Metric
 from qlab.nn import zoo
 from qlab.nn.outliers import norm_twin
-from qlab.nn.sites import pick
 from qlab.nn.vit import LINKS
 from qlab.quantization import site_study
 from qlab.quantization.norm_links import Fit, smooth
@@ -142,20 +142,18 @@ def build(c) -> Experiment:
         method,
         num_calibration=c.num_calibration,
         vary=c.vary,
-    )
+    )  # fmt: skip
     last = table[-1]
 
     def evaluate(state):
         """The study's metrics, and what the rewrite did to the weights of the last cell."""
-        encoder = state.quantized[1].params
-        before = jax.tree.map(lambda a: a[len(c.nets) - 1], state.nets[1])
-        errors = [
-            jnp.stack([weight_error(pick(p, i), LINKS, last.w_bits, **grid) for i in range(4)])
-            for p in (encoder, before)
-        ]
-        return study.evaluate(state) | {
-            f"{last.name}/weight_error": errors[0].mean(),
-            f"{last.name}/weight_error_before": errors[1].mean(),
-        }
+        if c.rewrite != "reparam":
+            return study.evaluate(state)
+        error = partial(weight_error, links=LINKS, bits=last.w_bits, **grid)
+        after, before = (
+            jax.lax.map(error, p).mean() for p in (state.quantized[1].params, state.params[1])
+        )
+        names = (f"{last.name}/weight_error", f"{last.name}/weight_error_before")
+        return study.evaluate(state) | dict(zip(names, (after, before), strict=True))
 
     return study._replace(evaluate=evaluate)

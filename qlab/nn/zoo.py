@@ -59,7 +59,8 @@ ZOO = {
     "digits_cnn": Recipe("cnn", (8, 16, 16), "digits", 800),
     "mnist_cnn": Recipe("cnn", (8, 16, 16), "mnist", 1200),
     # A transformer of 16 tokens, width 64, four blocks.
-    "digits_vit": Recipe("vit", tuple(ViTSize()), "digits", 1500, 64, 2e-3, 0.1),
+    "digits_vit": Recipe("vit", tuple(ViTSize()), "digits", 3000, 32, 2e-3, 0.1, augment=1),
+    "digits_vit_small": Recipe("vit", (8, 1, 2, 32, 1, 2, 64, 10), "digits", 400, 32, 3e-3, 0.1),
 }
 
 
