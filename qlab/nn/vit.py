@@ -15,6 +15,8 @@ from flax import nnx
 from qlab.nn.sites import FLOAT, BlockNet, Run, block_net
 
 EPS = 1e-6
+# The norms of an encoder block, each with the weight products that read it (see qlab.nn.outliers).
+LINKS = (("norm1", ("qkv",)), ("norm2", ("fc1",)))
 
 
 class Stem(nnx.Module):

@@ -48,6 +48,7 @@ class Recipe(NamedTuple):
     batch_size: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
+    augment: int = 0  # images are shifted at random by up to so many pixels either way
 
 
 ZOO = {
@@ -58,7 +59,8 @@ ZOO = {
     "digits_cnn": Recipe("cnn", (8, 16, 16), "digits", 800),
     "mnist_cnn": Recipe("cnn", (8, 16, 16), "mnist", 1200),
     # A transformer of 16 tokens, width 64, four blocks.
-    "digits_vit": Recipe("vit", tuple(ViTSize()), "digits", 1500, 64, 2e-3, 0.1),
+    "digits_vit": Recipe("vit", tuple(ViTSize()), "digits", 3000, 32, 2e-3, 0.1, augment=1),
+    "digits_vit_small": Recipe("vit", (8, 1, 2, 32, 1, 2, 64, 10), "digits", 400, 32, 3e-3, 0.1),
 }
 
 
@@ -97,7 +99,7 @@ def train(name: str, key: jax.Array, *, cache: Path | None = None):
 def _digest(r: Recipe, key: jax.Array) -> str:
     what = [
         RECIPE_VERSION,
-        r,
+        r if r.augment else r[:-1],  # files of recipes from before `augment` are still found
         np.asarray(jax.random.key_data(key)).tolist(),
         str(jax.random.key_impl(key)),
     ]
@@ -113,19 +115,36 @@ def _fit(net: Net, r: Recipe, key: jax.Array, x: jax.Array, y: jax.Array):
     k_init, k_data = jax.random.split(key)
     params = net.init(k_init)
 
-    def loss_fn(params, batch):
-        logits = net.apply(params, x[batch])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y[batch]).mean()
+    def loss_fn(params, images, labels):
+        logits = net.apply(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def body(carry, i):
         params, opt_state = carry
-        batch = jax.random.randint(jax.random.fold_in(k_data, i), (r.batch_size,), 0, len(x))
-        grads = jax.grad(loss_fn)(params, batch)
+        k_batch = jax.random.fold_in(k_data, i)
+        batch = jax.random.randint(k_batch, (r.batch_size,), 0, len(x))
+        images = x[batch]
+        if r.augment:
+            images = shifted(images, r.augment, jax.random.fold_in(k_batch, 1))
+        grads = jax.grad(loss_fn)(params, images, y[batch])
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
     (params, _), _ = jax.lax.scan(body, (params, optimizer.init(params)), jnp.arange(r.num_steps))
     return params
+
+
+def shifted(x: jax.Array, most: int, key: jax.Array) -> jax.Array:
+    """Each image of f32[N, H, W, C] moved by its own draw from -most .. most in either axis, filled with 0.
+
+    >>> moved = shifted(jnp.ones((50, 3, 3, 1)), 1, jax.random.key(0)).sum((1, 2, 3))
+    >>> sorted({float(v) for v in moved})
+    [4.0, 6.0, 9.0]
+    """
+    padded = jnp.pad(x, ((0, 0), (most, most), (most, most), (0, 0)))
+    at = jax.random.randint(key, (len(x), 2), 0, 2 * most + 1)
+    cut = jax.vmap(lambda a, i: jax.lax.dynamic_slice(a, (i[0], i[1], 0), x.shape[1:]))
+    return cut(padded, at)
 
 
 def _read(path: Path, shapes):

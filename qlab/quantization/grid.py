@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from qlab.quantization.qtensor import QTensor, Ties, expand, round_ties
 
-Calibration = Literal["searched", "minmax"]
+Calibration = Literal["searched", "shares", "minmax"]
 MAX_BITS = 8
 
 
@@ -153,6 +153,20 @@ def _search_affine(w, q_max, shared, num_zeros: int, p=2.4, n_grid: int = 100):
 
 
 @partial(jax.jit, static_argnames=("n_grid",))
+def _search_shares(w, q_max, shared, p=2.4, n_grid: int = 100):
+    lo, hi = _range(w, shared)
+
+    def body(i, best):
+        scale = _floor((hi - lo) * (n_grid - i) / n_grid / q_max, w)
+        zero = jnp.clip(jnp.round(-lo * (n_grid - i) / n_grid / scale), 0.0, q_max)
+        err = _error(w, scale, zero, 0.0, q_max, p, shared)
+        return jax.tree.map(partial(jnp.where, err < best[0]), (err, scale, zero), best)
+
+    start = (jnp.full_like(lo, jnp.inf), _floor((hi - lo) / q_max, w), jnp.zeros_like(lo))
+    return jax.lax.fori_loop(0, n_grid, body, start)[1:]
+
+
+@partial(jax.jit, static_argnames=("n_grid",))
 def _search_symmetric(w, q_min, q_max, shared, p=2.4, n_grid: int = 100):
     lo, hi = _range(w, shared)
     # the negative rail holds one level more than the positive one
@@ -185,7 +199,9 @@ def calibrate(
     Args:
       bits: width of the grid, at most max_bits (static: the width of the stored codes).
       shared: one scale for all rows. symmetric: [-2^(b-1), 2^(b-1) - 1] and no zero point.
-      calibration: "searched" (least |error|^p) or "minmax" (symmetric: max |w| / (2^(b-1) - 1)).
+      calibration: "searched" (least |error|^p), "minmax" (symmetric: max |w| / (2^(b-1) - 1)), or
+        "shares": least |error|^p over shares of the range only, each with the zero point its ends
+        give, which costs 2^b times less than "searched" (symmetric grids: the same).
       group: columns that share a scale, a divisor of in; 0: the whole row.
     """
     if group:
@@ -199,7 +215,7 @@ def calibrate(
     if symmetric:
         q_max = 2.0 ** (bits - 1) - 1
         q_min = -q_max - 1
-        if calibration == "searched":
+        if calibration != "minmax":
             scale = _search_symmetric(w, q_min, q_max, shared, p=p, n_grid=n_grid)
         else:
             lo, hi = _range(w, shared)
@@ -208,6 +224,8 @@ def calibrate(
     q_max = 2.0**bits - 1
     if calibration == "searched":
         scale, zero = _search_affine(w, q_max, shared, 2**max_bits, p=p, n_grid=n_grid)
+    elif calibration == "shares":
+        scale, zero = _search_shares(w, q_max, shared, p=p, n_grid=n_grid)
     else:
         lo, hi = _range(w, shared)
         scale = _floor((hi - lo) / q_max, w)

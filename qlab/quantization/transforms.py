@@ -79,3 +79,27 @@ def scale_norm(params: Params, norm: str, consumers: tuple[str, ...], s: jax.Arr
     for site in consumers:
         out[site] = {**params[site], "kernel": params[site]["kernel"] * s[..., None]}
     return out
+
+
+def affine_norm(
+    params: Params, norm: str, consumers: tuple[str, ...], r: jax.Array, c: jax.Array | None = None
+) -> Params:
+    """The output x of a norm becomes x / r - c, and its consumers undo it: W' = W r, b' = b + W' c.
+
+    Exact. Every consumer of the norm has to be named. r, c: f32[D], or f32[n, D] for a stacked group.
+
+    Raises:
+      ValueError: a shift c, but the norm or a consumer has no bias to hold it.
+    """
+    out = scale_norm(params, norm, consumers, r)
+    if c is None:
+        return out
+    if missing := [name for name in (norm, *consumers) if "bias" not in out[name]]:
+        raise ValueError(
+            f"{missing[0]!r} has no bias to hold a shift; use grids without zero point"
+        )
+    out[norm] = {**out[norm], "bias": out[norm]["bias"] - c}
+    for site in consumers:
+        shift = jnp.einsum("...io,...i->...o", out[site]["kernel"], c)
+        out[site] = {**out[site], "bias": out[site]["bias"] + shift}
+    return out

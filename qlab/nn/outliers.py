@@ -1,0 +1,64 @@
+"""Outlier twins of nets with norms: the same function, but channels of very different ranges.
+
+Small nets lack the channels of wide range that a LayerNorm of a large transformer puts out, and so hide what
+smoothing, rotation and reparameterisation are for. The twin multiplies the output of a norm by a factor per
+channel and divides its consumers' input rows by it. It is made of a symmetry that smoothing methods
+invert too, so an arm that does only that belongs beside every result on it.
+
+A link is (norm, consumers): a norm and every weight product that reads it. Letters: n = blocks, D = channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from qlab.nn.sites import Params
+
+Link = tuple[str, tuple[str, ...]]
+
+
+def norm_outliers(
+    stacked: Params, links: Sequence[Link], strength: float, key: jax.Array
+) -> Params:
+    """Blocks (one, or n stacked) with the outputs of their norms re-scaled by 2^U(-strength, strength).
+
+    >>> import jax.numpy as jnp
+    >>> block = {"norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)}, "fc": {"kernel": jnp.ones((2, 1))}}
+    >>> twin = norm_outliers(block, [("norm", ("fc",))], 2.0, jax.random.key(0))
+    >>> (twin["norm"]["scale"] * twin["fc"]["kernel"][:, 0]).tolist()
+    [1.0, 1.0]
+    """
+    out = dict(stacked)
+    for i, (norm, consumers) in enumerate(links):
+        shape = out[norm]["scale"].shape
+        draw = jax.random.uniform(
+            jax.random.fold_in(key, i), shape, minval=-strength, maxval=strength
+        )
+        k = 2.0**draw
+        out[norm] = {name: a * k for name, a in out[norm].items()}
+        for site in consumers:
+            out[site] = {**out[site], "kernel": out[site]["kernel"] / k[..., None]}
+    return out
+
+
+def norm_twin(
+    params: Sequence[Params],
+    links: Sequence[Link],
+    strength: float,
+    key: jax.Array,
+) -> tuple[Params, ...]:
+    """The outlier twin of a net: `norm_outliers` in every group that has the norm of a link.
+
+    Raises:
+      ValueError: no group has any of the norms.
+    """
+    twin, found = [], False
+    for g, stacked in enumerate(params):
+        here = [link for link in links if link[0] in stacked]
+        found |= bool(here)
+        twin.append(norm_outliers(stacked, here, strength, jax.random.fold_in(key, g)))
+    if not found:
+        raise ValueError(f"no block has a norm called {' or '.join(link[0] for link in links)}")
+    return tuple(twin)

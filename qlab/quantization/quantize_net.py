@@ -1,0 +1,61 @@
+"""A whole net of your own, quantized block by block: what the studies do, without a study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qlab.lab.errors import UserError
+from qlab.nn.sites import BlockNet, Params, pick
+from qlab.quantization.blocks import QuantizedBlock, fake_run
+
+
+class QuantizedNet(NamedTuple):
+    """blocks: a QuantizedBlock per group, for `run_blocks`. fallbacks: sites that fell back to a simpler method."""
+
+    blocks: tuple[QuantizedBlock, ...]
+    fallbacks: jax.Array
+
+
+def quantize_net(
+    net: BlockNet,
+    params: Sequence[Params],
+    x: Any,
+    method: Callable[..., tuple[QuantizedBlock, jax.Array]],
+    *,
+    w_bits: int,
+    a_bits: int,
+    key: jax.Array | None = None,
+) -> QuantizedNet:
+    """Every block quantized on what the quantized and the float blocks before it give for x.
+
+    Args:
+      x: calibration inputs. method: (block, params, x_q, x_fp, w_bits, a_bits, key) -> (QuantizedBlock,
+        fallbacks), as `site_study` takes it. w_bits, a_bits: 2 to 8. key: None: key(0).
+    """
+    for name, bits in (("w_bits", w_bits), ("a_bits", a_bits)):
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise UserError(f"{name}={bits!r}; a width from 2 to 8 is expected")
+    for leaf in jax.tree.leaves(x):
+        if not jnp.size(leaf) or not bool(jnp.isfinite(leaf).all()):
+            raise UserError("calibration inputs are empty or not finite; pass a few real samples")
+    key = jax.random.key(0) if key is None else key
+    x_q, x_fp, made, failed = x, x, [], jnp.zeros(())
+    for g, (group, stacked) in enumerate(zip(net.groups, params, strict=True)):
+
+        @jax.jit
+        def step(p, x_q, x_fp, k, block=group.block):
+            q, fallbacks = method(block, p, x_q, x_fp, jnp.float32(w_bits), jnp.float32(a_bits), k)
+            return q, block(q.params, x_q, fake_run(q)), block(p, x_fp), fallbacks
+
+        blocks = []
+        for i in range(group.n):
+            k = jax.random.fold_in(jax.random.fold_in(key, g), i)
+            q, x_q, x_fp, fallbacks = step(pick(stacked, i), x_q, x_fp, k)
+            blocks.append(q)
+            failed = failed + fallbacks
+        made.append(jax.tree.map(lambda *a: jnp.stack(a), *blocks))
+    return QuantizedNet(tuple(made), failed)
