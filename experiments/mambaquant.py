@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
-import jax.numpy as jnp
 
 from qlab.lab.experiment import Claim, Experiment, Figure, Metric
 from qlab.nn import zoo
 from qlab.nn.mamba import MambaSize, mamba, outlier_twin, with_parts
-from qlab.nn.sites import pick
 from qlab.quantization.blocks import nearest_weight, site_by_site
-from qlab.quantization.mambaquant import captured, mambaquant, parts_of, static_and_token
-from qlab.quantization.rotation import variance_ratio
+from qlab.quantization.mambaquant import channel_ratios, mambaquant, parts_of, static_and_token
 from qlab.quantization.site_study import METRICS as SITE_METRICS
 from qlab.quantization.site_study import Cell, site_study
 
@@ -103,7 +102,7 @@ CLAIMS = (
         Claim(
             f"KLT makes channel variances equal: {what}",
             f"{PAPER}, section 4.1",
-            ("full", f"twin/ratio_{site}"),
+            ("full", f"w8a8_twin/ratio_{site}"),
             "<=",
             1.01,
             exact=True,
@@ -124,17 +123,6 @@ FIGURES = (
 )  # fmt: skip
 
 
-def ratios(net, params, x) -> dict[str, jax.Array]:
-    """`variance_ratio` of four sites' inputs on calibration samples, f32[] each."""
-    seen = captured(net, params, x)
-    states = params[1]["w_B"]["kernel"].shape[-1]
-    seen["h"] = seen["h"].reshape(*seen["h"].shape[:3], -1, states)
-    out = {
-        s: jnp.exp(jnp.log(jax.vmap(variance_ratio)(seen[s])).mean()) for s in ("w_dt", "w_o", "h")
-    }
-    return out | {"w_s": variance_ratio(seen["w_s"][0])}
-
-
 def build(c) -> Experiment:
     r = zoo.recipe(c.net)
     need = {"gate", *parts_of(c.smoothing, c.rotations, c.mean)}
@@ -144,11 +132,12 @@ def build(c) -> Experiment:
     test = (set_.x_val, set_.y_val) if c.split == "val" else (set_.x_test, set_.y_test)
 
     def nets(key: jax.Array):
-        plain = with_parts(zoo.train(c.net, key)[1], size)
-        return {
-            "plain": plain,
-            "twin": outlier_twin(plain, c.twin_strength, jax.random.fold_in(key, 1)),
-        }
+        return both(zoo.train(c.net, key)[1], jax.random.fold_in(key, 1))
+
+    @jax.jit
+    def both(params, key: jax.Array):
+        plain = with_parts(params, size)
+        return {"plain": plain, "twin": outlier_twin(plain, c.twin_strength, key)}
 
     bits = [tuple(int(b) for b in cell[1:].split("a")) for cell in c.cells]
     tail = {"plain": "", "twin": "_twin"}
@@ -163,24 +152,8 @@ def build(c) -> Experiment:
         ),
         weight=nearest_weight(calibration="minmax", symmetric=c.symmetric),
     )
-    study = site_study(
+    return site_study(
         net, nets, set_.x_train, tuple(a[: c.num_test] for a in test), cells, method,
-        transform=transform, num_calibration=c.num_calibration, vary=c.vary,
+        transform=transform, probe=partial(channel_ratios, net), num_calibration=c.num_calibration,
+        vary=c.vary,
     )  # fmt: skip
-
-    def evaluate(state) -> dict[str, jax.Array]:
-        """The cells, and for each net the variances at the first cell's calibration draw and rotation."""
-
-        def one(i):
-            c = i * len(bits)
-            params, x = pick(state.nets, i), pick(state.x_cal, c)
-            return ratios(net, transform(params, x, jax.random.fold_in(state.key[c], 0)), x)
-
-        found = jax.lax.map(one, jnp.arange(len(tuple(c.nets))))
-        return dict(study.evaluate(state)) | {
-            f"{name}/ratio_{site}": v[i]
-            for i, name in enumerate(c.nets)
-            for site, v in found.items()
-        }
-
-    return study._replace(evaluate=evaluate)

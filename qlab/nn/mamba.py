@@ -17,6 +17,8 @@ Letters: N = samples, T = tokens, d = width, e = inner width, S = states, r = ra
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -127,13 +129,29 @@ def s_silu(v: jax.Array, s: jax.Array | float = 1.0) -> jax.Array:
     return v * jax.nn.sigmoid(s * v)
 
 
+def uniform_init(rngs: nnx.Rngs, num: int):
+    """A kernel initialiser, uniform within +-in^(-1/2) as in Mamba's code, and the draws it hands out.
+
+    `num` draws at once: a net's many small draws of their own would take most of its compile time.
+    """
+    pool, at = jax.random.uniform(rngs.params(), (num,), minval=-1.0), [0]
+
+    def init(key, shape, dtype=jnp.float32):
+        del key
+        size = math.prod(shape)
+        at[0] += size
+        if at[0] > num:
+            raise ValueError(f"{num} draws do not fill the kernels")
+        return (pool[at[0] - size : at[0]].reshape(shape) * shape[0] ** -0.5).astype(dtype)
+
+    return init
+
+
 class Depthwise(nnx.Module):
     """kernel f32[e, K] and bias f32[e] of the causal convolution."""
 
-    def __init__(self, inner: int, taps: int, *, rngs: nnx.Rngs):
-        bound = taps**-0.5
-        draw = jax.random.uniform(rngs.params(), (inner, taps), minval=-bound, maxval=bound)
-        self.kernel = nnx.Param(draw)
+    def __init__(self, inner: int, taps: int, init: Callable[..., jax.Array]):
+        self.kernel = nnx.Param(init(None, (taps, inner)).T)
         self.bias = nnx.Param(jnp.zeros(inner))
 
 
@@ -142,18 +160,19 @@ class Mixer(nnx.Module):
 
     def __init__(self, s: MambaSize, *, rngs: nnx.Rngs):
         d, e = s.dim, s.expand * s.dim
+        init = uniform_init(rngs, e * (3 * d + 2 * s.rank + 2 * s.states + s.taps + 1))
 
         def linear(a: int, b: int, bias: bool = False) -> nnx.Linear:
-            return nnx.Linear(a, b, use_bias=bias, rngs=rngs)
+            return nnx.Linear(a, b, use_bias=bias, kernel_init=init, rngs=rngs)
 
         self.norm = nnx.RMSNorm(d, epsilon=EPS, rngs=rngs)
         self.w_s, self.w_g = linear(d, e), linear(d, e)
-        self.conv = Depthwise(e, s.taps, rngs=rngs)
+        self.conv = Depthwise(e, s.taps, init)
         self.w_xdt = linear(e, s.rank, "mean" in s.parts)
         self.w_B, self.w_C = linear(e, s.states), linear(e, s.states)
         self.w_dt = linear(s.rank, e, True)
         # softplus(bias) is log-uniform in [0.001, 0.1], as in Mamba's code
-        dt = jnp.exp(jax.random.uniform(rngs.params(), (e,), minval=-6.9, maxval=-2.3))
+        dt = jnp.exp(-4.6 + 2.3 * init(None, (1, e))[0])
         self.w_dt.bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
         self.a_log = nnx.Param(jnp.log(jnp.tile(jnp.arange(1.0, s.states + 1), (e, 1))))
         self.d = nnx.Param(jnp.ones(e))
@@ -208,7 +227,8 @@ class Stem(nnx.Module):
         if s.vocab:
             self.table = nnx.Param(0.5 * jax.random.normal(rngs.params(), (s.vocab, s.dim)))
         else:
-            self.embed = nnx.Linear(s.chunk, s.dim, rngs=rngs)
+            init = uniform_init(rngs, s.chunk * s.dim)
+            self.embed = nnx.Linear(s.chunk, s.dim, kernel_init=init, rngs=rngs)
 
     def __call__(self, x: jax.Array, run: Run = FLOAT) -> jax.Array:
         if not self.chunk:
@@ -222,7 +242,8 @@ class Head(nnx.Module):
     def __init__(self, s: MambaSize, *, rngs: nnx.Rngs):
         self.answers = s.answers
         self.norm = nnx.RMSNorm(s.dim, epsilon=EPS, rngs=rngs)
-        self.head = nnx.Linear(s.dim, s.outputs, use_bias=False, rngs=rngs)
+        init = uniform_init(rngs, s.dim * s.outputs)
+        self.head = nnx.Linear(s.dim, s.outputs, use_bias=False, kernel_init=init, rngs=rngs)
 
     def __call__(self, x: jax.Array, run: Run = FLOAT) -> jax.Array:
         x = x[:, -1] if self.answers == 1 else x[:, -self.answers :]  # -0: all

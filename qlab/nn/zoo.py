@@ -67,7 +67,7 @@ ZOO = {
     # A transformer of 16 tokens, width 64, four blocks.
     "digits_vit": Recipe("vit", tuple(ViTSize()), "digits", 1500, 64, 2e-3, 0.1),
     # Mamba on digits scanned by row: 16 tokens, width 32, three blocks; the answer is the last token's.
-    "digits_mamba": Recipe("mamba", tuple(MambaSize()), "digits", 600, 64, 4e-3, 0.1),
+    "digits_mamba": Recipe("mamba", tuple(MambaSize()), "digits", 400, 64, 4e-3, 0.1),
     "digits_mamba_small": Recipe(
         "mamba", tuple(MambaSize(dim=16, depth=2)), "digits", 100, 64, 1e-2
     ),

@@ -28,10 +28,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from qlab.nn.sites import BlockNet, Params, capture, pick, run_group
+from qlab.nn.sites import BlockNet, Params, capture, run_group
 from qlab.quantization.activations import PerToken, affine
 from qlab.quantization.blocks import ActMethod, SiteInput
-from qlab.quantization.rotation import hadamard, klt_rotation
+from qlab.quantization.rotation import hadamard, klt_rotation, variance_ratio
 from qlab.quantization.transforms import Transform, Tree, chain, identity, scale_norm, smooth_scale
 
 SMOOTHING = ("s1", "s2", "s3", "s4", "s5", "s7")
@@ -321,6 +321,17 @@ def static_and_token(
     return act
 
 
-def first(seen: dict[str, jax.Array], site: str) -> jax.Array:
-    """The inputs of a site in the first mixer."""
-    return pick(seen[site], 0)
+def channel_ratios(net: BlockNet, params: Tree, x: Any) -> dict[str, jax.Array]:
+    """`variance_ratio` of four sites' inputs on calibration samples, f32[] each.
+
+    ratio_w_s: of the first mixer, whose K is R1's. ratio_w_dt, ratio_w_o, ratio_h (over states): the
+    geometric mean over mixers.
+    """
+    seen = captured(net, params, x)
+    states = params[1]["w_B"]["kernel"].shape[-1]
+    seen["h"] = seen["h"].reshape(*seen["h"].shape[:3], -1, states)
+    mean = {
+        f"ratio_{s}": jnp.exp(jnp.log(jax.vmap(variance_ratio)(seen[s])).mean())
+        for s in ("w_dt", "w_o", "h")
+    }
+    return mean | {"ratio_w_s": variance_ratio(seen["w_s"][0])}
