@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from qlab.data import cifar, images, molecules, puzzles, text
+from qlab.data import cifar, images, molecules, puzzles, sequences, text
 from qlab.data.files import cache_dir, find
 from qlab.data.images import Classification
 from qlab.data.molecules import Molecule
@@ -51,6 +51,7 @@ def _entries() -> dict[str, _Entry]:
 
     table = {
         "digits": _Entry(images.digits),
+        "selective_copy": _Entry(sequences.selective_copy),
         "mnist": idx("mnist"),
         "fashion_mnist": idx("fashion_mnist"),
         "cifar10": _Entry(cifar.cifar10, cifar.ARCHIVES),
@@ -121,7 +122,7 @@ def describe(name: str) -> str:
     entry, used = _entry(name), files(name)
     if used is None:
         doc = (inspect.getdoc(entry.make) or "").splitlines()[0]
-        return f"{name}\n  about    {doc}\n  files    none: comes with scikit-learn"
+        return f"{name}\n  about    {doc}\n  files    none: comes with scikit-learn or is generated"
     first, d = DATASETS[entry.sources[0][0]], DATASETS[used[0]]
     rows = [name, f"  about    {first.about}", f"  origin   {d.origin}"]
     rows += [f"  licence  {d.licence}", *(f"  source   {url}" for url in d.urls)]

@@ -31,10 +31,13 @@ class Run(NamedTuple):
     Attributes:
       linear: (site, layer, x f32[..., in]) -> f32[..., out], the affine map of an nnx.Linear.
       operand: (site, x) -> x, an activation that is not the input of a weight product.
+      weight: (site, w f32[out, in]) -> w, a weight used otherwise than in a plain product (a depthwise
+        kernel, a row for each channel). Its input, if that is rounded, is the operand of the same name.
     """
 
     linear: Callable[[str, nnx.Linear, jax.Array], jax.Array]
     operand: Callable[[str, jax.Array], jax.Array]
+    weight: Callable[[str, jax.Array], jax.Array] = lambda site, w: w
 
 
 FLOAT = Run(lambda site, layer, x: layer(x), lambda site, x: x)
@@ -130,9 +133,10 @@ def capture(block: Block, params: Params, x: Any) -> tuple[Any, dict[str, jax.Ar
 
 
 class Site(NamedTuple):
-    """A quantizable place. kind: "linear" (a weight product and its input) or "operand".
+    """A quantizable place. kind: "linear" (a weight product and its input), "operand" or "weight".
 
-    shape: of its input for the samples given. out, width: rows and columns of the weight, 0 for operands.
+    shape: of its input for the samples given (of a "weight": its own). out, width: rows and columns of
+    the weight, 0 for operands.
     """
 
     name: str
@@ -155,7 +159,11 @@ def sites(block: Block, params: Params, x: Any) -> tuple[Site, ...]:
         found.append(Site(site, "operand", x.shape))
         return x
 
-    jax.eval_shape(lambda p, x: block(p, x, Run(linear, operand)), params, x)
+    def weight(site, w):
+        found.append(Site(site, "weight", w.shape, *w.shape))
+        return w
+
+    jax.eval_shape(lambda p, x: block(p, x, Run(linear, operand, weight)), params, x)
     return tuple(found)
 
 

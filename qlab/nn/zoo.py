@@ -20,7 +20,9 @@ import numpy as np
 import optax
 
 from qlab import data
+from qlab.data.sequences import next_char
 from qlab.lab.errors import UserError, nearest
+from qlab.nn.mamba import MambaSize, mamba
 from qlab.nn.models import cnn, mlp
 from qlab.nn.vit import ViTSize, vit
 
@@ -34,15 +36,20 @@ class Net(Protocol):
     def apply(self, params: Any, x: Any) -> jax.Array: ...
 
 
-# A family makes a net of its sizes: mlp of all widths, cnn of channels, vit of a ViTSize.
-FAMILIES = {"mlp": mlp, "cnn": cnn, "vit": lambda sizes: vit(ViTSize(*sizes))}
+# A family makes a net of its sizes: mlp of all widths, cnn of channels, others of their size record.
+FAMILIES = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "vit": lambda sizes: vit(ViTSize(*sizes)),
+    "mamba": lambda sizes: mamba(MambaSize(*sizes)),
+}
 
 
 class Recipe(NamedTuple):
     """How a net of the zoo is made: AdamW, one cosine to 0 after a short warm-up."""
 
     kind: str  # a key of FAMILIES
-    widths: tuple[int, ...]  # its sizes
+    widths: tuple  # its sizes
     dataset: str
     num_steps: int
     batch_size: int = 64
@@ -61,6 +68,42 @@ ZOO = {
     # A transformer of 16 tokens, width 64, four blocks.
     "digits_vit": Recipe("vit", tuple(ViTSize()), "digits", 3000, 32, 2e-3, 0.1, augment=1),
     "digits_vit_small": Recipe("vit", (8, 1, 2, 32, 1, 2, 64, 10), "digits", 400, 32, 3e-3, 0.1),
+    # Mamba on digits scanned by row: 16 tokens, width 32, three blocks; the answer is the last token's.
+    "digits_mamba": Recipe("mamba", tuple(MambaSize()), "digits", 400, 64, 4e-3, 0.1),
+    "digits_mamba_small": Recipe(
+        "mamba", tuple(MambaSize(dim=16, depth=2)), "digits", 100, 64, 1e-2
+    ),
+    "copy_mamba": Recipe(
+        "mamba", tuple(MambaSize(vocab=10, depth=2, answers=4)), "selective_copy", 3000, 64, 4e-3
+    ),
+    "text_mamba": Recipe(
+        "mamba",
+        tuple(MambaSize(vocab=65, dim=64, outputs=65, answers=0)),
+        "tiny_shakespeare",
+        1500,
+        32,
+        4e-3,
+    ),
+    "text_mamba_large": Recipe(
+        "mamba",
+        tuple(
+            MambaSize(
+                vocab=65,
+                dim=256,
+                depth=8,
+                states=16,
+                rank=16,
+                outputs=65,
+                answers=0,
+                scan="associative",
+            )
+        ),
+        "tiny_shakespeare",
+        5000,
+        64,
+        1e-3,
+        0.1,
+    ),
 }
 
 
@@ -72,7 +115,7 @@ def recipe(name: str) -> Recipe:
 
 
 @lru_cache
-def model(kind: str, widths: tuple[int, ...]) -> Any:
+def model(kind: str, widths: tuple) -> Any:
     """The net of a family (kept: its functions are keys of compiled programs)."""
     return FAMILIES[kind](widths)
 
@@ -90,10 +133,16 @@ def train(name: str, key: jax.Array, *, cache: Path | None = None):
     shapes = jax.eval_shape(net.init, key)
     params = _read(path, shapes)
     if params is None:
-        set_ = data.load(r.dataset)
+        set_ = examples(r.dataset)
         params = _fit(net, r, key, jnp.asarray(set_.x_train), jnp.asarray(set_.y_train))
         _write(path, params)
     return net, params
+
+
+def examples(dataset: str) -> data.Classification:
+    """Inputs and labels of a data set by its name; a text gives windows and their next characters."""
+    set_ = data.load(dataset)
+    return next_char(set_) if isinstance(set_, data.Text) else set_
 
 
 def _digest(r: Recipe, key: jax.Array) -> str:
@@ -109,7 +158,7 @@ def _digest(r: Recipe, key: jax.Array) -> str:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _fit(net: Net, r: Recipe, key: jax.Array, x: jax.Array, y: jax.Array):
-    """All steps of training in one program; x f32[N, H, W, C], y i32[N]."""
+    """All steps of training in one program; x f32[N, H, W, C] or i32[N, T], y i32[N] or i32[N, T]."""
     rate = optax.warmup_cosine_decay_schedule(0.0, r.learning_rate, r.num_steps // 20, r.num_steps)
     optimizer = optax.adamw(rate, weight_decay=r.weight_decay)
     k_init, k_data = jax.random.split(key)

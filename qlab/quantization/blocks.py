@@ -53,14 +53,19 @@ def fake_run(q: QuantizedBlock) -> Run:
             return layer(x)
         return x @ dequantize(q.weights[site]).T + _bias(layer)
 
-    return Run(linear, operand)
+    return Run(linear, operand, _decoded(q))
+
+
+def _decoded(q: QuantizedBlock) -> Callable[[str, jax.Array], jax.Array]:
+    return lambda site, w: dequantize(q.weights[site]) if site in q.weights else w
 
 
 def packed_run(q: QuantizedBlock, *, impl: str | None = None) -> Run:
     """The low-bit operations on packed weights.
 
     A weight of up to 8 bits whose input has a static grid per tensor of up to 8 bits runs as an int8
-    product, other quantized weights as weight-only products of the fake-quantized input.
+    product, other quantized weights as weight-only products of the fake-quantized input. Weights used
+    otherwise (`Run.weight`) are decoded: there is no low-bit operation for them.
     impl: of the operations, see qlab.ops.
     """
 
@@ -83,7 +88,7 @@ def packed_run(q: QuantizedBlock, *, impl: str | None = None) -> Run:
         packed = qt if qt.packed else ops.pack(qt)
         return ops.matmul(operand(site, x), packed, bias, impl=impl)
 
-    return Run(linear, operand)
+    return Run(linear, operand, _decoded(q))
 
 
 def _int8_fits(act: Affine, qt: QTensor) -> bool:
@@ -108,12 +113,13 @@ def run_blocks(
 class SiteInput(NamedTuple):
     """What a site method sees. x: its input behind the quantized sites before it; x_fp: in the float net.
 
-    w: f32[out, in], None at operands. bits: i32[], of the weight or of the activation.
+    w: f32[out, in], None at operands. bits: i32[], of the weight or of the activation. x and x_fp are
+    None at weights used otherwise than in a plain product: only rounding that looks at w alone fits there.
     """
 
     site: str
-    x: jax.Array
-    x_fp: jax.Array
+    x: Any
+    x_fp: Any
     w: jax.Array | None
     bits: jax.Array
     key: jax.Array
@@ -167,7 +173,16 @@ def quantize_block(
         fallbacks.append(failed)
         return x @ dequantize(weights[site]).T + _bias(layer)
 
-    block(params, x_q, Run(linear, operand))
+    def other(site: str, w: jax.Array) -> jax.Array:
+        k = jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), len(weights))
+        made = weight(SiteInput(site, None, None, w, w_bits, k))
+        if made is None:
+            return w
+        weights[site], failed = made
+        fallbacks.append(failed)
+        return dequantize(weights[site])
+
+    block(params, x_q, Run(linear, operand, other))
     return QuantizedBlock(params, weights, acts), sum(fallbacks[1:], fallbacks[0])
 
 
@@ -198,6 +213,10 @@ def gptq_weight(
     """GPTQ on the site's quantized inputs; target "fp" moves the weights to W* first (`fp_target`)."""
 
     def weight(i: SiteInput):
+        if i.x is None:
+            raise ValueError(
+                f"{i.site!r} is no plain product, which GPTQ needs; round it to nearest"
+            )
         grid = _grid(i, granularity, max_bits, options)
         x_fp = i.x_fp if target == "fp" else i.x
         return gptq_layer(i.w, grid, i.x, x_fp, damp=damp, act_order=act_order)

@@ -66,7 +66,7 @@ class State(NamedTuple):
     """key: of the method, per cell. nets: params per group, leaves [M, n, ...]. x_cal: [C, N, ...].
 
     Of the cell at work: params, its transformed nets; inputs: per group (x_q, x_fp); quantized: per
-    group; fallbacks f32[]. out: f32[C, len(TESTED)].
+    group; fallbacks f32[]. out: f32[C, len(TESTED) and the probe's].
     """
 
     key: jax.Array
@@ -89,6 +89,7 @@ def site_study(
     method: BlockMethod,
     *,
     transform: Transform | None = None,
+    probe: Callable[[tuple[Params, ...], Any], Mapping[str, jax.Array]] | None = None,
     num_calibration: int = 64,
     vary: Sequence[str] = ("net", "calibration", "method"),
     run: Callable[..., Any] = fake_run,
@@ -102,6 +103,7 @@ def site_study(
       cells: the table. method: (block, params, x_q, x_fp, w_bits, a_bits, key) -> (QuantizedBlock,
         fallbacks), e.g. `site_by_site(act=..., weight=...)`; called once per group under jit.
       transform: (params, x_cal, key) -> params, a rewrite of the whole net that keeps its function.
+      probe: (transformed params, x_cal) -> {metric: f32[]}, measured for each cell beside METRICS.
       vary: which of the three parts the seed decides. run: how quantized blocks execute.
     Returns:
       An Experiment whose evaluate gives the METRICS per cell.
@@ -134,6 +136,14 @@ def site_study(
             x = jax.eval_shape(lambda p, x, g=g: g.block(p, x), one, x)
         return jax.tree.map(_zeros, tuple(inputs)), tuple(quantized)
 
+    def probed(params, x) -> dict[str, jax.Array]:
+        return {} if probe is None else dict(probe(params, x))
+
+    def columns(state: State) -> tuple[str, ...]:
+        """The metrics in the columns of `out`."""
+        x = jax.eval_shape(lambda x: pick(x, 0), state.x_cal)
+        return (*TESTED, *sorted(jax.eval_shape(probed, state.params, x)))
+
     def init(key: jax.Array) -> State:
         parts = {
             name: jax.random.fold_in(key if name in vary else jax.random.key(0), i)
@@ -148,10 +158,11 @@ def site_study(
         params = jax.tree.map(lambda a: jnp.zeros_like(a[0]), stacked)
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x_cal)
         inputs, quantized = shapes(jax.eval_shape(lambda p: p, params), one)
-        return State(
+        state = State(
             keys, jnp.zeros((), jnp.int32), stacked, x_cal, params, inputs, quantized,
-            jnp.zeros(()), jnp.zeros((len(cells), len(TESTED))),
+            jnp.zeros(()), jnp.zeros(()),
         )  # fmt: skip
+        return state._replace(out=jnp.zeros((len(cells), len(columns(state)))))
 
     def cell_of(state: State):
         return state.step // per_cell
@@ -162,8 +173,14 @@ def site_study(
         if transform is not None:
             params = transform(params, x, jax.random.fold_in(state.key[c], 0))
         inputs = ((x, x), *state.inputs[1:])
+        values = probed(params, x)
+        row = jnp.array([values[m] for m in sorted(values)])
         state = state._replace(
-            params=params, inputs=inputs, fallbacks=jnp.zeros(()), step=state.step + 1
+            params=params,
+            inputs=inputs,
+            fallbacks=jnp.zeros(()),
+            out=state.out.at[c, len(TESTED) :].set(row),
+            step=state.step + 1,
         )
         return state, {"error": jnp.zeros(())}
 
@@ -211,7 +228,8 @@ def site_study(
             "error": state.out[c, TESTED.index("error")],
             "fallbacks": state.fallbacks,
         }
-        out = state.out.at[c].set(jnp.stack([values[m] for m in TESTED]))
+        row = jnp.stack([values[m] for m in TESTED])
+        out = state.out.at[c, : len(TESTED)].set(row)
         return state._replace(out=out, step=state.step + 1), {"error": values["error"]}
 
     steps = [make_step(g) for g in range(len(sizes))]
@@ -233,7 +251,7 @@ def site_study(
         for c, cell in enumerate(cells):
             if cell.draw or cell.run:
                 continue
-            values |= {f"{cell.name}/{m}": state.out[c, i] for i, m in enumerate(TESTED)}
+            values |= {f"{cell.name}/{m}": state.out[c, i] for i, m in enumerate(columns(state))}
             values |= {
                 f"{cell.name}/{k}": jnp.float32(v)
                 for k, v in storage(state.quantized, cell.w_bits).items()
