@@ -113,7 +113,7 @@ def halting_cap(key: jax.Array, table: jax.Array, draws: int, count: int) -> jax
     An episode halts at the step whose index, counted from 0, is this number; it then has one gate more.
     """
     table = jnp.asarray(table)
-    u = jax.random.uniform(key, (draws, count), table.dtype)
+    u = jax.random.uniform(key, (draws, count), jnp.float32)
     found = (u[..., None] >= table).sum(-1)  # the smallest k with a distribution function above u
     counts = (found[..., None] == jnp.arange(len(table))).sum(0)
     return counts.argmax(-1).astype(jnp.int32)

@@ -77,10 +77,9 @@ def best_legal(values: jax.Array, legal: jax.Array) -> jax.Array:
     return jnp.where(legal, values, -jnp.inf).argmax(-1).astype(jnp.int32)
 
 
-def random_legal(key: jax.Array, legal: jax.Array) -> jax.Array:
-    """i32[N], uniform over the legal actions of each row bool[N, A]; 0 where there is none."""
-    score = jax.random.uniform(key, legal.shape, jnp.float32)
-    return jnp.where(legal, score, -1.0).argmax(-1).astype(jnp.int32)
+def pick_legal(u: jax.Array, legal: jax.Array) -> jax.Array:
+    """i32[N], uniform over the legal actions bool[N, A] if u f32[N, A] is uniform in [0, 1); 0 where there is none."""
+    return jnp.where(legal, u, -1.0).argmax(-1).astype(jnp.int32)
 
 
 def n_step_return(reward: jax.Array, discount: float) -> jax.Array:
@@ -142,9 +141,9 @@ def double_dqn(
         best = best_legal(net.apply(state.params, features), legal)
         if greedy:
             return best
-        k_flip, k_pick = jax.random.split(key)
-        explore = jax.random.uniform(k_flip, best.shape, jnp.float32) < state.epsilon
-        return jnp.where(explore, random_legal(k_pick, legal), best)
+        u = jax.random.uniform(key, (*best.shape, 1 + num_actions), jnp.float32)
+        explore = u[:, 0] < state.epsilon
+        return jnp.where(explore, pick_legal(u[:, 1:], legal), best)
 
     def next_value(params: Any, target: Any, obs: Obs) -> jax.Array:
         features, legal = obs

@@ -37,7 +37,7 @@ class OnlineConfig(NamedTuple):
 
 
 class OnlineState(NamedTuple):
-    """key: of the run. step: i32[]. agent: its state. env: states of all environments. obs: the next ones.
+    """key: of the steps. step: i32[]. agent: its state. env: states of all environments. obs: the next ones.
     replay: (), where nothing is learned. metrics: of the last update."""
 
     key: jax.Array
@@ -107,17 +107,16 @@ def off_policy(
             batch = jax.eval_shape(lambda r: window_sample(r, key, c.batch_size, c.n_step), replay)
             names = jax.eval_shape(agent.update, state, key, batch)[1]
             metrics = {k: jnp.zeros((), v.dtype) for k, v in names.items()}
+        key = jax.random.fold_in(key, 1)
         return OnlineState(key, jnp.int32(0), state, env, obs, replay, metrics)
 
     def learn(state: OnlineState, key: jax.Array) -> OnlineState:
         def update(carry, k):
-            agent_state, _ = carry
-            k_rows, k_update = jax.random.split(k)
-            batch = window_sample(state.replay, k_rows, c.batch_size, c.n_step)
-            return agent.update(agent_state, k_update, batch), None
+            batch = window_sample(state.replay, k[0], c.batch_size, c.n_step)
+            return agent.update(carry[0], k[1], batch), None
 
         def updates(carry):
-            return jax.lax.scan(update, carry, jax.random.split(key, c.updates_per_step))[0]
+            return jax.lax.scan(update, carry, jax.random.split(key, (c.updates_per_step, 2)))[0]
 
         ready = window_ready(state.replay, c.learning_starts, c.n_step)
         carry = (state.agent, state.metrics)
@@ -125,8 +124,7 @@ def off_policy(
         return state._replace(agent=new, metrics=metrics)
 
     def step(state: OnlineState) -> OnlineState:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
-        k_act, k_env, k_learn = jax.random.split(key, 3)
+        k_act, k_env, k_learn = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
         action = agent.act(state.agent, k_act, state.obs)
         env, ts = env_step(state.env, action, k_env)
         row = row_of(state.obs, action, ts)

@@ -71,13 +71,11 @@ def window_sample(replay: Windows, key: jax.Array, n: int, n_step: int = 1) -> T
       the first row.
     """
     steps, num_envs = replay.over.shape
-    k_time, k_env = jax.random.split(key)
     starts = replay.size - (n_step - 1)
-    t = (jax.random.uniform(k_time, (n,), jnp.float32) * starts).astype(jnp.int32)
-    t = jnp.minimum(t, starts - 1)  # rounding of f32
-    e = jnp.minimum(
-        (jax.random.uniform(k_env, (n,), jnp.float32) * num_envs).astype(jnp.int32), num_envs - 1
-    )
+    # Not randint, and one draw for both: each would compile as long as all the rest of this
+    u = jax.random.uniform(key, (2, n), jnp.float32)
+    t = jnp.minimum((u[0] * starts).astype(jnp.int32), starts - 1)  # the rounding of f32
+    e = jnp.minimum((u[1] * num_envs).astype(jnp.int32), num_envs - 1)
     first = (replay.cursor - replay.size + t) % steps
     at = (first[:, None] + jnp.arange(n_step)) % steps  # [N, n]
     over = replay.over[at, e[:, None]]
