@@ -39,7 +39,7 @@ def make_task(c: Any, name: str) -> ae.Task:
     t = c.tasks[name]
     o, noise = c.optimiser, search_noise(t.noise)
     spsa = SPSA(*(o.spsa[k] for k in SPSA._fields[:-1]), max_evals=o.max_evals)
-    settings = Settings(o.name, o.steps, o.learning_rate, o.max_evals, spsa)
+    settings = Settings(o.name, o.steps, o.restarts, o.learning_rate, o.max_evals, spsa)
     return ae.Task(search_problem(t.problem), t.D, noise, c.n_shots, settings, c.lag_optimisation)
 
 

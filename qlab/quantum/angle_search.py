@@ -1,7 +1,9 @@
 """Inner optimisers of architecture search: the angles of a circuit under construction, from where they are.
 
 rotosolve    each angle in turn to the exact minimum of its sinusoid, until nothing moves (Ostaszewski et al. 2021);
-             with shots, from three noisy energies. Three energies an angle and sweep.
+             with shots, from three noisy energies. Three energies an angle and sweep. From a warm start alone it often
+             stays at a saddle (all angles 0 or pi are one), so it may also try `restarts` random starts, one more
+             energy each, and keep the best end.
 adam         exact gradients (parameter shift on a device: two energies an angle and step); no shots.
 adam_spsa    `vqe.adam_spsa`; three_stage: the same three times, with N/100, N/10 and N shots and 10 : 3 : 1 of the budget;
              spsa: plain gradient steps with the same gains.
@@ -30,14 +32,16 @@ from qlab.quantum.vqe import DEFAULT_SPSA, SPSA, adam_spsa
 OPTIMISERS = ("rotosolve", "adam", "adam_spsa", "three_stage", "spsa", "cobyla")
 STAGES = ((10.0, 10), (10.0**0.5, 3), (1.0, 1))  # sigma's factor, share of the evaluations
 TINY = 1e-8  # radians: less than this is no move
+TIE = 1e-9  # hartree: a fresh start has to be better by this
 
 
 class Settings(NamedTuple):
-    """name: one of OPTIMISERS. steps: sweeps of rotosolve, steps of adam. learning_rate: of adam.
+    """name: one of OPTIMISERS. steps: sweeps of rotosolve, steps of adam. restarts: of rotosolve. learning_rate: of adam.
     max_evals: of adam_spsa, three_stage, spsa and cobyla. spsa: gains."""
 
     name: str = "rotosolve"
     steps: int = 20
+    restarts: int = 0
     learning_rate: float = 0.1
     max_evals: int = 100
     spsa: SPSA = DEFAULT_SPSA
@@ -70,9 +74,7 @@ def plain_spsa(f, x0, key, hp: SPSA) -> tuple[jax.Array, jax.Array, int]:
 
 
 def _rotosolve(s: Settings) -> Search:
-    def run(wires, angles, order, h, sigma, key):
-        del order
-
+    def one(wires, angles, h, sigma, key):
         def sweep(carry):
             angles, _, i = carry
             draw = jax.random.fold_in(key, i), (*angles.shape, 3), h.dtype
@@ -87,6 +89,22 @@ def _rotosolve(s: Settings) -> Search:
         start = (angles, jnp.asarray(jnp.inf, h.dtype), jnp.int32(0))
         angles, _, sweeps = jax.lax.while_loop(goes_on, sweep, start)
         return angles, 3 * sweeps * wires.turns.sum()
+
+    def run(wires, angles, order, h, sigma, key):
+        del order
+        if not s.restarts:
+            return one(wires, angles, h, sigma, key)
+        k_starts, k_shots, k_pick = jax.random.split(key, 3)
+        shape = (s.restarts, *angles.shape)
+        fresh = jax.random.uniform(k_starts, shape, angles.dtype, 0.0, 2 * np.pi)
+        starts = jnp.concatenate([angles[None], fresh])
+        keys = jax.random.split(k_shots, len(starts))
+        ends, asked = jax.vmap(lambda x, k: one(wires, x, h, sigma, k))(starts, keys)
+        e = jax.vmap(lambda x: pc.energy(wires, x, h))(ends)
+        if sigma is not None:
+            e = e + sigma * jax.random.normal(k_pick, e.shape, e.dtype)
+        first = jnp.arange(len(starts)) == 0  # of equal ones the warm start
+        return ends[jnp.where(first, e - TIE, e).argmin()], asked.sum() + len(starts)
 
     return run
 
@@ -202,8 +220,10 @@ def angle_search(s: Settings) -> Search:
         raise UserError(f"optimiser={s.name!r} is not known{nearest(s.name, OPTIMISERS)}")
     least = {"three_stage": 42, "cobyla": 1}.get(s.name, 3)
     if s.name in ("rotosolve", "adam"):
-        if s.steps < 1:
-            raise UserError(f"steps={s.steps} of {s.name}: give at least 1")
+        if s.steps < 1 or s.restarts < 0:
+            raise UserError(
+                f"steps={s.steps}, restarts={s.restarts} of {s.name}: give at least 1 and 0"
+            )
     elif s.max_evals < least:
         raise UserError(f"max_evals={s.max_evals} of {s.name}: one step needs {least}")
     return makers.get(s.name, _spsa)(s)

@@ -81,12 +81,19 @@ def search_problem(name: str) -> PauliSum:
     raise UserError(f"problem {name!r} is not known{nearest(name, (*PROBLEMS, 'tfim_4q'))}")
 
 
-def search_noise(noise: str | tuple[float, float]) -> NoiseModel:
-    """ "none", a bundled noise model or file (`noise_model.read_noise`), or depolarizing (p1, p2)."""
-    if isinstance(noise, str):
+def search_noise(noise: str) -> NoiseModel:
+    """The model of "none", "depol:p1:p2" (`depolarizing_model`), a bundled noise model or a file (`read_noise`).
+
+    >>> search_noise("depol:0.001:0.01").default[2][0].params
+    {'p': 0.01}
+    """
+    kind, *numbers = noise.split(":")
+    if kind != "depol":
         return read_noise(None if noise == "none" else noise)
-    if len(noise) != 2:
+    try:
+        p1, p2 = map(float, numbers)
+    except ValueError:
         raise UserError(
-            f'noise={noise}: give "none", a model\'s name or file, or two numbers p1, p2'
-        )
-    return depolarizing_model(*noise)
+            f"noise={noise!r}: depolarizing noise is depol:p1:p2, two probabilities"
+        ) from None
+    return depolarizing_model(p1, p2)
