@@ -22,6 +22,7 @@ from qlab.quantum.qcae import latent_circuit
 from qlab.quantum.zne import estimator
 from qlab.rl import AGENTS
 from qlab.rl.agent import Transition
+from qlab.rl.dqn import double_dqn, mlp_q
 from qlab.run import main
 from qlab.search import Problem, search
 from qlab.search.driver import Mode
@@ -60,8 +61,36 @@ def _rounding_rules():
         )
 
 
+def _discrete_agents():
+    """Agents on (features, legal) with actions i32[N]."""
+    agent = double_dqn(mlp_q(3, (8,), 4), 4)
+    state = agent.init(jax.random.key(3))
+
+    def obs(key):
+        features = jax.random.normal(key, (16, 3))
+        return features, (jax.random.uniform(key, (16, 4)) < 0.7).at[:, 0].set(True)
+
+    def batch(seed):
+        k = jax.random.split(jax.random.key(seed), 4)
+        action = jax.random.randint(k[1], (16,), 0, 4)
+        reward = jax.random.normal(k[2], (16,))
+        return Transition(obs(k[0]), action, reward, jnp.full((16,), 0.9), obs(k[3]))
+
+    def learn(s, b):
+        return agent.update(s, jax.random.key(0), b)
+
+    def act(s, obs):
+        return agent.act(s, jax.random.key(0), obs)
+
+    yield Subject("agent/double_dqn/update", learn, state, (batch(0), batch(1)), grad=False)
+    yield Subject("agent/double_dqn/act", act, state, (batch(0).obs, batch(1).obs), grad=False)
+
+
 def _agents():
+    yield from _discrete_agents()
     for name, make in AGENTS.items():
+        if name == "double_dqn":
+            continue
         sizes = {} if name == "sac" else {"num_bins": 3}
         agent = make(3, 2, hidden=(8,), **sizes)
         state = agent.init(jax.random.key(3))
