@@ -29,16 +29,9 @@ METRICS = SITE_METRICS | {
 }
 
 CLAIMS = (
-    Claim(
-        "W8A8: within 1 point of the float net (rescaled twin)",
-        f"{PAPER}, abstract",
-        ("full", "w8a8_twin/accuracy"),
-        ">=",
-        ("full", "w8a8_twin/fp_accuracy"),
-        margin=-1.0,
-        paper=-0.7,
-        note="75.4 of 76.1 on Vim-T",
-    ),
+    Claim("W8A8: within 1 point of the float net (rescaled twin)", f"{PAPER}, abstract",
+          ("full", "w8a8_twin/accuracy"), ">=", ("full", "w8a8_twin/fp_accuracy"),
+          margin=-1.0, paper=-0.7, note="75.4 of 76.1 on Vim-T"),
     Claim(
         "W8A8: 5 points better than offline Hadamard rotation alone (rescaled twin)",
         f"{PAPER}, code's logs, Vim-T",
@@ -89,15 +82,9 @@ CLAIMS = (
         )
         for w, cell in (("W6A6", "w6a6_twin"), ("W4A4", "w4a4_twin"))
     ),
-    Claim(
-        "W8A8 on the plain net: within 1 point of the float net",
-        f"{PAPER}, abstract",
-        ("full", "w8a8/accuracy"),
-        ">=",
-        ("full", "w8a8/fp_accuracy"),
-        margin=-1.0,
-        note="says little: rounding to nearest passes as well here",
-    ),
+    Claim("W8A8 on the plain net: within 1 point of the float net", f"{PAPER}, abstract",
+          ("full", "w8a8/accuracy"), ">=", ("full", "w8a8/fp_accuracy"), margin=-1.0,
+          note="says little: rounding to nearest passes as well here"),
     *(
         Claim(
             f"KLT makes channel variances equal: {what}",
@@ -110,7 +97,7 @@ CLAIMS = (
         )
         for site, what in (("w_s", "input of the first in_proj"), ("w_dt", "dt vector"))
     ),
-)
+)  # fmt: skip
 
 FIGURES = (
     Figure("Test accuracy", "bars", "accuracy", ylabel="%"),

@@ -22,9 +22,7 @@ TWIN = "the twin is made of what smoothing and reparameterisation both undo"
 
 METRICS = site_study.METRICS | {
     "weight_error": Metric(
-        "",
-        "lower",
-        "relative squared error of the post-LN weights on their nearest grid, rewritten",
+        "", "lower", "relative squared error of the rewritten post-LN weights, nearest"
     ),
     "weight_error_before": Metric("", "none", "the same of the float net's weights as they are"),
 }
@@ -48,13 +46,8 @@ CLAIMS = (
         note=TWIN,
     ),
     *(
-        Claim(
-            f"RepQuant is no worse than RepQ-ViT ({cell})",
-            f"{PAPER}, abstract",
-            ("repquant", f"{cell}/accuracy"),
-            ">=",
-            ("repq_vit", f"{cell}/accuracy"),
-        )
+        Claim(f"RepQuant is no worse than RepQ-ViT ({cell})", f"{PAPER}, abstract",
+              ("repquant", f"{cell}/accuracy"), ">=", ("repq_vit", f"{cell}/accuracy"))
         for cell in ("w4a4", "w4a4_twin", "w3a4_twin")
     ),
     *(
@@ -78,7 +71,7 @@ CLAIMS = (
         kind="ratio",
         note="KL resolves what 357 test images do not",
     ),
-)
+)  # fmt: skip
 
 FIGURES = (
     Figure("Test accuracy", "bars", "accuracy", ylabel="%"),

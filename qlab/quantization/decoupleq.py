@@ -226,7 +226,7 @@ def projected(w, h, s, z, q_min, q_max, cfg: DecoupleQ, perm) -> jax.Array:
     """
     h = h[perm][:, perm]
     w, s, z = (by_column_of(a, w)[:, perm] for a in (w, s, z))
-    low, high = jnp.minimum(q_min * s, q_max * s) + z, jnp.maximum(q_min * s, q_max * s) + z
+    low, high = q_min * s + z, q_max * s + z
     columns = jnp.arange(w.shape[1])
 
     def steps(a: _Adam, num: int, eps: float, free) -> _Adam:

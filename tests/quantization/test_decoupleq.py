@@ -116,7 +116,7 @@ def test_the_fit_survives_a_mean_that_hides_the_codes():
     for r in range(4):
         best, _ = least(q[r], w[r], h, 16, False)
         w_hat = q[r] * np.float64(got.scale[r, 0]) + np.float64(got.offset[r, 0])
-        assert loss(w_hat[None], w[r][None], h)[0] < 1.02 * best
+        assert loss(w_hat[None], w[r][None], h)[0] < 1.002 * best
 
 
 def test_mirrored_codes_give_a_negative_scale_and_the_same_weights():
@@ -173,10 +173,11 @@ def grid(seed):
     return w, h, *minmax(w, -2.0, 1.0)
 
 
+PROJECTED = DecoupleQ(iters=5, inner=5, learning_rate=5e-2)  # few steps: the bias correction counts
 SOLVERS = {
     "nearest": lambda w, h, s, z: nearest(w, s, z, -2.0, 1.0),
     "train": lambda w, h, s, z: projected(
-        w, h, s, z, -2.0, 1.0, DecoupleQ(learning_rate=1e-2), jnp.argsort(-jnp.diagonal(h))
+        w, h, s, z, -2.0, 1.0, PROJECTED, jnp.argsort(-jnp.diagonal(h))
     ),
     "gptq": lambda w, h, s, z: gptq_round(w, h, s, z, -2, 1, damp=0.01, ties="half_up"),
     "exhaustive": lambda w, h, s, z: all_codes(
@@ -254,7 +255,7 @@ def test_projected_adam_equals_its_float64_copy():
     w, h, s, z = grid(9)
     order = np.argsort(-np.diag(h))
     got = SOLVERS["train"](w, h, s, z)
-    expected = numpy_projected(w, h, s, z, order, 50, 50, 1e-2)
+    expected = numpy_projected(w, h, s, z, order, 5, 5, 5e-2)
     assert (np.asarray(got) != expected).mean() <= 0.021  # one weight at a tie may tip
     assert (np.asarray(got) != np.asarray(nearest(w, s, z, -2, 1))).mean() > 0.05
 
@@ -280,6 +281,27 @@ def test_one_turn_is_gptq_on_the_min_max_grid_where_that_is_better_than_nearest(
     keep = loss(q * s + z, w, hd) < loss(near * s + z, w, hd)
     np.testing.assert_array_equal(qt.codes, np.where(keep[:, None], q, near) + 2)
     np.testing.assert_allclose(history[0], loss(near * s + z, w, hd).sum(), rtol=1e-4)
+
+
+def test_two_turns_by_hand():
+    """GPTQ or nearest on the min/max grid; the searched range, refitted, and GPTQ on it; the best floats."""
+    w, h = problem((16, 8), seed=13)
+    qt, history = layer(num_outer=2)(w, h)
+    hd = jnp.asarray(damped(h), jnp.float32)
+    perm = jnp.argsort(-jnp.diagonal(hd))
+    s, z = minmax(w, -2, 1)
+    candidates = [(nearest(w, s, z, -2, 1), s, z)]
+    candidates.append((gptq_round(w, hd, s, z, -2, 1, perm=perm, ties="half_up"), s, z))
+    s, z = shrink_search(w, hd, 2)
+    s, z, _ = fit(nearest(w, s, z, -2, 1), w, hd)
+    candidates.append((gptq_round(w, hd, s, z, -2, 1, perm=perm, ties="half_up"), s, z))
+    losses = np.stack([loss(q * s + z, w, hd) for q, s, z in candidates])
+    best = losses.argmin(0)
+    assert len(set(best)) > 1
+    q = np.stack([np.asarray(q) for q, _, _ in candidates])[best, np.arange(16)]
+    np.testing.assert_array_equal(qt.codes, q + 2)
+    expected = [losses[0], losses[:2].min(0), losses.min(0), fit(q, w, hd).err]
+    np.testing.assert_allclose(history, np.sum(expected, 1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"group": 3}, {"symmetric": True}, {"float_step": False}])
