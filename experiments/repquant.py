@@ -21,9 +21,7 @@ STRONG = ("smooth_gptq", "token_gptq")
 TWIN = "the twin is made of what smoothing and reparameterisation both undo"
 
 METRICS = site_study.METRICS | {
-    "weight_error": Metric(
-        "", "lower", "relative squared error of the rewritten post-LN weights, nearest"
-    ),
+    "weight_error": Metric("", "lower", "relative squared error of rewritten post-LN weights"),
     "weight_error_before": Metric("", "none", "the same of the float net's weights as they are"),
 }
 
