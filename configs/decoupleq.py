@@ -90,7 +90,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "smoke":
         c.update(seeds=1, net="digits_wide", bits=(2,))
         c.arms = {"gptq_minmax": c.arms["gptq_minmax"], "decoupleq_block": block}
-        c.arms.decoupleq_block.block_steps = 100
+        c.arms["decoupleq_block"]["block_steps"] = 100
     if variant in ("layer", "small_layer"):
         c.update(net="layer", seeds=5)
         c.arms = {

@@ -85,16 +85,16 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "full":  # eight qubits, for an accelerator
         c.update(n_qubits=8, n_gates=(20, 30), depth=(5, 10), pool=100_000, queries=1000)
         c.update(tasks=("fidelity", "tfim", "maxcut"))
-        c.threshold.maxcut = 0.925
+        c.threshold["maxcut"] = 0.925
         c.predictor.update(start=300, hidden=128, hops=5)
         for arm in c.arms:
             c.arms[arm].runs = 50 if arm == "random" else 10  # the paper's 50 are 5 pools of 10
     if variant == "smoke":
         c.update(seeds=1, pool=300, queries=40, tasks=("fidelity",), num_targets=1, runs=1)
         c.update(hops=3, hidden=32)
-        c.vae.epochs = 2
-        c.inner.steps = 20
-        c.dngo.epochs = 20
+        c.vae["epochs"] = 2
+        c.inner["steps"] = 20
+        c.dngo["epochs"] = 20
         for arm in set(c.arms) - {"random", "reinforce_learnt", "bo_raw", "bo_learnt"}:
             del c.arms[arm]
     return c

@@ -107,7 +107,7 @@ def build(c) -> Experiment:
     if c.net == "layer":
         shape = (c.layer_out, c.layer_in)
         options = dict(shape=shape, num_samples=c.num_calibration, grid_options=grid)
-        return one_layer(method(c), c.bits, **options)
+        return one_layer(method(c), c.bits, **options)  # pyright: ignore[reportArgumentType]
     r = zoo.recipe(c.net)
     model = zoo.model(r.kind, r.widths)
     images = data.load(r.dataset)
@@ -137,12 +137,12 @@ def build(c) -> Experiment:
         out = done.evaluate(state)
         if c.unit == "layer":
             first = state.groups[0].error[:, 0, 0]
-            out |= {
+            out |= {  # pyright: ignore[reportOperatorIssue]
                 f"{t.name}/first_layer": first[i] for i, t in enumerate(tasks(c)[: len(c.bits)])
             }
         last = state.groups[-1].carry
         if c.method == "decoupleq":
-            out |= history(last.history[0, -1])
+            out |= history(last.history[0, -1])  # pyright: ignore[reportOperatorIssue]
         return out
 
     return done._replace(evaluate=evaluate)

@@ -140,7 +140,7 @@ def build(c) -> Experiment:
         weight=nearest_weight(calibration="minmax", symmetric=c.symmetric),
     )
     return site_study(
-        net, nets, set_.x_train, tuple(a[: c.num_test] for a in test), cells, method,
+        net, nets, set_.x_train, tuple(a[: c.num_test] for a in test), cells, method,  # pyright: ignore[reportArgumentType]
         transform=transform, probe=partial(channel_ratios, net), num_calibration=c.num_calibration,
         vary=c.vary,
     )  # fmt: skip

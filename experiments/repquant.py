@@ -145,6 +145,6 @@ def build(c) -> Experiment:
             jax.lax.map(error, p).mean() for p in (state.quantized[1].params, state.params[1])
         )
         names = (f"{last.name}/weight_error", f"{last.name}/weight_error_before")
-        return study.evaluate(state) | dict(zip(names, (after, before), strict=True))
+        return study.evaluate(state) | dict(zip(names, (after, before), strict=True))  # pyright: ignore[reportOperatorIssue]
 
     return study._replace(evaluate=evaluate)

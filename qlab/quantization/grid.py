@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -205,7 +205,9 @@ def calibrate(
       group: columns that share a scale, a divisor of in; 0: the whole row.
     """
     if group:
-        options = dict(symmetric=symmetric, calibration=calibration, ties=ties, p=p, n_grid=n_grid)
+        options: dict[str, Any] = dict(
+            symmetric=symmetric, calibration=calibration, ties=ties, p=p, n_grid=n_grid
+        )
         grid = calibrate(w.reshape(-1, group), bits, shared, max_bits=max_bits, **options)
         shape = (w.shape[0], w.shape[1] // group)
         zero = None if grid.zero is None else grid.zero.reshape(shape)

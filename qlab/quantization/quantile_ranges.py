@@ -69,12 +69,12 @@ def calib_affine_quantile(
     lo, hi = -tail_quantiles(-rows, ps), tail_quantiles(rows, ps)
 
     def error(ends):
-        grid = range_grid(*ends, bits)
+        grid = range_grid(*ends, bits)  # pyright: ignore[reportCallIssue]
         return ((fake(grid, rows) - rows) ** 2).mean(0), (grid.scale, grid.zero)
 
     errors, (scale, zero) = jax.vmap(error)((lo, hi))
     best = errors.argmin(0)[None]
-    return tuple(jnp.take_along_axis(a, best, 0)[0] for a in (scale, zero))
+    return tuple(jnp.take_along_axis(a, best, 0)[0] for a in (scale, zero))  # pyright: ignore[reportReturnType]
 
 
 def calib_log(

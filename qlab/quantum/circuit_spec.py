@@ -90,7 +90,7 @@ def circuit_spec(ops: Iterable[Op], num_slots: int | None = None) -> CircuitSpec
             )
         gate[i], q0[i], q1[i] = code, qubits[0], qubits[-1]
         angle[i, : len(angles)] = angles
-    return check_spec(CircuitSpec(gate, q0, q1, angle), max([0, *q0, *q1]) + 1)
+    return check_spec(CircuitSpec(gate, q0, q1, angle), max([0, *q0, *q1]) + 1)  # pyright: ignore[reportArgumentType]
 
 
 def check_spec(spec: CircuitSpec, num_qubits: int) -> CircuitSpec:

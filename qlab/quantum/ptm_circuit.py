@@ -65,7 +65,7 @@ def noise_tables(model: nm.NoiseModel, num_qubits: int) -> NoiseTables:
         if k == 2:
             gates[code, 0] = after @ pt.fixed_ptm(_TWO[code])
         elif code in (RX, RX + 1, RZ):
-            quarter = [np.asarray(pt.ptm_rotation(code - RX + 1, t * np.pi / 2)) for t in range(3)]
+            quarter = [np.asarray(pt.ptm_rotation(code - RX + 1, t * np.pi / 2)) for t in range(3)]  # pyright: ignore[reportArgumentType]
             const = (
                 quarter[0] + quarter[2]
             ) / 2  # of R(0), R(pi/2), R(pi): const +- cos, const + sin

@@ -216,7 +216,7 @@ def train_vae(key: jax.Array, graphs: Graph, spec: VaeSpec) -> tuple[Vae, jax.Ar
 
     start = (params, rest, tx.init(params))
     (params, rest, _), losses = jax.lax.scan(epoch, start, jax.random.split(k_run, spec.epochs))
-    return Vae(graph, nnx.merge_state(params, rest)), losses
+    return Vae(graph, nnx.merge_state(params, rest)), losses  # pyright: ignore[reportArgumentType]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "pool_nodes"))

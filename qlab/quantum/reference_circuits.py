@@ -66,7 +66,7 @@ class _Energies(NamedTuple):
         noisy, clean = pc.noise_tables(task.noise, n), pc.noise_tables(NoiseModel(), n)
         h = to_coords(task.observable)
         seen = (pc.effective_observable(h, t) for t in (noisy, clean))
-        return cls(noisy, clean, *seen, ground_energy(task.observable))
+        return cls(noisy, clean, *seen, ground_energy(task.observable))  # pyright: ignore[reportCallIssue]
 
     def optimise(self, specs: CircuitSpec, starts: np.ndarray, sweeps: int, block: int):
         """Best energies f[C] and angles f[C, D] of circuits with leading axis C over starts f[R, D]."""
@@ -151,7 +151,7 @@ def exhaustive(
         starts = rng.uniform(0, 2 * np.pi, (num_starts, gates))
         starts[0] = 0.0
         zeros = np.zeros((*rows.shape, 3))
-        specs = CircuitSpec(*(x[rows] for x in table), zeros)
+        specs = CircuitSpec(*(x[rows] for x in table), zeros)  # pyright: ignore[reportCallIssue]
         e, angles = energies.optimise(specs, starts, sweeps, 256)
         best = int(e.argmin())
         spec = jax.tree.map(lambda x, b=best: x[b], specs)

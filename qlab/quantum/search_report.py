@@ -42,7 +42,7 @@ def found_circuit(found: Found, task: Task) -> CircuitSpec:
 def pennylane_gap(task: Task, spec: CircuitSpec, error: float) -> float:
     """How far PennyLane's default.qubit is from our noiseless error of the same circuit."""
     psi = pennylane_state(spec, task.observable.num_qubits)
-    e = (psi.conj() @ to_dense(task.observable) @ psi).real
+    e = (psi.conj() @ to_dense(task.observable) @ psi).real  # pyright: ignore[reportAttributeAccessIssue]
     return abs(abs(e - ground_energy(task.observable)) - error)
 
 

@@ -112,13 +112,13 @@ def off_policy(
 
     def learn(state: OnlineState, key: jax.Array) -> OnlineState:
         def update(carry, k):
-            batch = window_sample(state.replay, k[0], c.batch_size, c.n_step)
+            batch = window_sample(state.replay, k[0], c.batch_size, c.n_step)  # pyright: ignore[reportArgumentType]
             return agent.update(carry[0], k[1], batch), None
 
         def updates(carry):
             return jax.lax.scan(update, carry, jax.random.split(key, (c.updates_per_step, 2)))[0]
 
-        ready = window_ready(state.replay, c.learning_starts, c.n_step)
+        ready = window_ready(state.replay, c.learning_starts, c.n_step)  # pyright: ignore[reportArgumentType]
         carry = (state.agent, state.metrics)
         new, metrics = jax.lax.cond(ready, updates, lambda x: x, carry)
         return state._replace(agent=new, metrics=metrics)
@@ -131,7 +131,7 @@ def off_policy(
         state = state._replace(step=state.step + 1, env=env, obs=ts.obs)
         if not learns:
             return state
-        replay = windows_add(state.replay, row, ts.terminated | ts.truncated)
+        replay = windows_add(state.replay, row, ts.terminated | ts.truncated)  # pyright: ignore[reportArgumentType]
         return learn(state._replace(replay=replay), k_learn) if c.updates_per_step else state
 
     return Online(init, step)
