@@ -187,7 +187,7 @@ def shrink_search(
     (halves up) onto signed codes in [-2^(b-1), 2^(b-1) - 1]. Of equal errors the widest range wins.
 
     >>> s, z = shrink_search(jnp.array([[-2.0, -1.0, 0.0, 1.0]]), jnp.eye(4), 2)
-    >>> s.tolist(), z.tolist()
+    >>> s.round(4).tolist(), z.round(4).tolist()
     ([[1.0]], [[0.0]])
     """
     return best_range(w, h, *rails(bits), group, symmetric, grid, maxshrink)
