@@ -34,6 +34,7 @@ from qlab.quantization.affine_fit import (
     width_of,
 )
 from qlab.quantization.gptq import damping, gptq_columns, inverse_factor
+from qlab.quantization.grid import check_bits
 from qlab.quantization.qtensor import QTensor, expand
 
 Solver = Literal["gptq", "train", "exhaustive"]
@@ -79,6 +80,7 @@ class Solution(NamedTuple):
 
 def check(cfg: DecoupleQ, num_in: int, bits: int) -> None:
     """Raises ValueError, one line, for what cannot be run on `num_in` columns of codes of `bits`."""
+    check_bits(bits)
     if cfg.solver not in ("gptq", "train", "exhaustive"):
         raise ValueError(f'solver={cfg.solver!r}; use "gptq", "train" or "exhaustive"')
     if cfg.num_outer < 0:
@@ -94,8 +96,8 @@ def decoupleq_layer(w, h, cfg: DecoupleQ = DEFAULT) -> tuple[QTensor, jax.Array]
     """Quantizes w f32[out, in] in the norm of h f[in, in], the undamped mean of x x^T.
 
     Returns:
-      (QTensor with real offset, or symmetric without; history f[2 K or 1 + K], the loss tr(E H E^T) with the
-      damped H: nearest, GPTQ, then after each half step; it never rises).
+      (QTensor with real offset, or symmetric without; history f[2 K], or f[1 + K] without float steps: the loss
+      tr(E H E^T) with the damped H of nearest, of GPTQ, then after each half step; it never rises).
 
     >>> w = jax.random.normal(jax.random.key(0), (4, 8))
     >>> qt, history = decoupleq_layer(w, jnp.eye(8) + 0.5, DecoupleQ(bits=2))
@@ -104,6 +106,8 @@ def decoupleq_layer(w, h, cfg: DecoupleQ = DEFAULT) -> tuple[QTensor, jax.Array]
     >>> bool((history[1:] <= history[:-1]).all()), bool(history[-1] < 0.8 * history[0])
     (True, True)
     """
+    if w.ndim != 2 or h.shape != (w.shape[-1], w.shape[-1]):
+        raise ValueError(f"w has shape {w.shape}, h {h.shape}; (out, in) and (in, in) are expected")
     check(cfg, w.shape[1], cfg.bits)
     best, history, _ = alternate(w, h, *rails(cfg.bits), cfg)
     return record(best, rails(cfg.bits)[0], cfg.bits, w.shape, cfg.symmetric), history
@@ -226,7 +230,7 @@ def projected(w, h, s, z, q_min, q_max, cfg: DecoupleQ, perm) -> jax.Array:
     """
     h = h[perm][:, perm]
     w, s, z = (by_column_of(a, w)[:, perm] for a in (w, s, z))
-    low, high = q_min * s + z, q_max * s + z
+    low, high = jnp.minimum(q_min * s, q_max * s) + z, jnp.maximum(q_min * s, q_max * s) + z
     columns = jnp.arange(w.shape[1])
 
     def steps(a: _Adam, num: int, eps: float, free) -> _Adam:
