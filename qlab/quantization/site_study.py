@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from qlab.lab.experiment import Experiment, Metric, Phase
-from qlab.nn.sites import BlockNet, Params, pick, run_group
+from qlab.nn.sites import FLOAT, BlockNet, Params, Run, pick, run_group
 from qlab.quantization.blocks import QuantizedBlock, fake_run
 from qlab.quantization.qtensor import row_bytes
 
@@ -33,6 +33,7 @@ METRICS = {
     "fp_accuracy": Metric("%", "none", "test accuracy of the float net"),
     "kl": Metric("nat", "lower", "test mean of KL(float net || quantized net) over its outputs"),
     "flips": Metric("%", "lower", "test answers that differ from the float net's"),
+    "kl_calibration": Metric("nat", "lower", "the same KL on the calibration samples"),
     "loss": Metric("nat", "lower", "test cross-entropy of the quantized net"),
     "fp_loss": Metric("nat", "none", "test cross-entropy of the float net"),
     "error": Metric("", "lower", "error of the last block's outputs over their power, calibration"),
@@ -45,7 +46,9 @@ METRICS = {
     ),
     "variance_calibration_and_method": Metric("", "none", "the same with a fresh calibration draw"),
 }
-TESTED = ("accuracy", "fp_accuracy", "kl", "flips", "loss", "fp_loss", "error", "fallbacks")
+TESTED = (
+    "accuracy", "fp_accuracy", "kl", "kl_calibration", "flips", "loss", "fp_loss", "error", "fallbacks"
+)  # fmt: skip
 
 BlockMethod = Callable[..., tuple[QuantizedBlock, jax.Array]]
 Transform = Callable[[tuple[Params, ...], Any, jax.Array], tuple[Params, ...]]
@@ -62,8 +65,22 @@ class Cell(NamedTuple):
     run: int = 0
 
 
+class Around(NamedTuple):
+    """What a method may know of the net around its block.
+
+    Attributes:
+      params: the float net's, per group. beside: what `beside` gave for this block, or None.
+      suffix: (params, y, run=FLOAT) -> the net's output from y, an output of this block.
+    """
+
+    params: tuple[Params, ...]
+    beside: Any
+    suffix: Callable[..., Any]
+
+
 class State(NamedTuple):
     """key: of the method, per cell. nets: params per group, leaves [M, n, ...]. x_cal: [C, N, ...].
+    beside: of each distinct pair of net and draw, per group, leaves [pairs, n, ...]; or None.
 
     Of the cell at work: params, its transformed nets; inputs: per group (x_q, x_fp); quantized: per
     group; fallbacks f32[]. out: f32[C, len(TESTED) and the probe's].
@@ -73,6 +90,7 @@ class State(NamedTuple):
     step: jax.Array
     nets: tuple[Params, ...]
     x_cal: Any
+    beside: Any
     params: tuple[Params, ...]
     inputs: tuple[Any, ...]
     quantized: tuple[QuantizedBlock, ...]
@@ -90,6 +108,9 @@ def site_study(
     *,
     transform: Transform | None = None,
     probe: Callable[[tuple[Params, ...], Any], Mapping[str, jax.Array]] | None = None,
+    around: bool = False,
+    beside: Callable[[jax.Array, str, Any], tuple[Any, ...]] | None = None,
+    wide: Mapping[str, int] | None = None,
     num_calibration: int = 64,
     vary: Sequence[str] = ("net", "calibration", "method"),
     run: Callable[..., Any] = fake_run,
@@ -104,6 +125,10 @@ def site_study(
         fallbacks), e.g. `site_by_site(act=..., weight=...)`; called once per group under jit.
       transform: (params, x_cal, key) -> params, a rewrite of the whole net that keeps its function.
       probe: (transformed params, x_cal) -> {metric: f32[]}, measured for each cell beside METRICS.
+      around: the method takes an Around as its last argument.
+      beside: (key of the nets, net name, x_cal) -> per group a pytree with the n blocks first, for the method; found
+        once for all cells with that net and draw (corrected inputs, for example).
+      wide: {weight site: its bits} where the method gives a site a width of its own.
       vary: which of the three parts the seed decides. run: how quantized blocks execute.
     Returns:
       An Experiment whose evaluate gives the METRICS per cell.
@@ -118,22 +143,33 @@ def site_study(
     which = jnp.array([names.index(c.net) for c in cells])
     w_bits = jnp.array([c.w_bits for c in cells], jnp.float32)
     a_bits = jnp.array([c.a_bits for c in cells], jnp.float32)
+    pairs = list(dict.fromkeys((c.net, c.draw) for c in cells))
+    pair = jnp.array([pairs.index((c.net, c.draw)) for c in cells])
     sizes = [g.n for g in net.groups]
     per_cell = 2 + sum(sizes)
     x_test, y_test = jax.tree.map(jnp.asarray, test)
 
-    def shapes(params, x) -> tuple[tuple[Any, ...], tuple[QuantizedBlock, ...]]:
+    def quantize(g: int, params, i, x_q, x_fp, w_bits, a_bits, key, side):
+        """The method on block i of group g. side: per group, of this cell, or None."""
+        own = pick(params[g], i)
+        args = (net.groups[g].block, own, x_q, x_fp, w_bits, a_bits, key)
+        if not around:
+            return method(*args)
+
+        def suffix(params, y, run: Run = FLOAT):
+            return net.suffix(params, g, i, y, run)
+
+        return method(*args, Around(params, None if side is None else pick(side[g], i), suffix))
+
+    def shapes(params, x, side) -> tuple[tuple[Any, ...], tuple[QuantizedBlock, ...]]:
         """Zeros in the form of the inputs of each group and of its quantized blocks."""
         inputs, quantized = [], []
-        for g, stacked in zip(net.groups, params, strict=True):
-            one = jax.eval_shape(lambda s: pick(s, 0), stacked)
+        bit, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(jax.random.key, 0)
+        for g, group in enumerate(net.groups):
             inputs.append((x, x))
-            bit = jax.ShapeDtypeStruct((), jnp.float32)
-            q, _ = jax.eval_shape(
-                partial(method, g.block), one, x, x, bit, bit, jax.eval_shape(jax.random.key, 0)
-            )
-            quantized.append(jax.tree.map(lambda a, n=g.n: _zeros(a, (n,)), q))
-            x = jax.eval_shape(lambda p, x, g=g: g.block(p, x), one, x)
+            q, _ = jax.eval_shape(partial(quantize, g), params, 0, x, x, bit, bit, key, side)
+            quantized.append(jax.tree.map(lambda a, n=group.n: _zeros(a, (n,)), q))
+            x = jax.eval_shape(lambda s, x, block=group.block: block(pick(s, 0), x), params[g], x)
         return jax.tree.map(_zeros, tuple(inputs)), tuple(quantized)
 
     def probed(params, x) -> dict[str, jax.Array]:
@@ -156,10 +192,18 @@ def site_study(
         x_cal = jax.tree.map(lambda a: jnp.stack([jnp.asarray(a[p]) for p in picks]), pool)
         keys = jnp.stack([jax.random.fold_in(parts["method"], c.run) for c in cells])
         params = jax.tree.map(lambda a: jnp.zeros_like(a[0]), stacked)
-        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x_cal)
-        inputs, quantized = shapes(jax.eval_shape(lambda p: p, params), one)
+        side = None
+        if beside is not None:
+            first = {p: i for i, p in reversed(list(enumerate(pair.tolist())))}
+            found = [
+                beside(parts["net"], name, pick(x_cal, first[p]))
+                for p, (name, _) in enumerate(pairs)
+            ]
+            side = jax.tree.map(lambda *a: jnp.stack(a), *found)
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (x_cal, side))
+        inputs, quantized = shapes(jax.eval_shape(lambda p: p, params), *one)
         state = State(
-            keys, jnp.zeros((), jnp.int32), stacked, x_cal, params, inputs, quantized,
+            keys, jnp.zeros((), jnp.int32), stacked, x_cal, side, params, inputs, quantized,
             jnp.zeros(()), jnp.zeros(()),
         )  # fmt: skip
         return state._replace(out=jnp.zeros((len(cells), len(columns(state)))))
@@ -193,7 +237,8 @@ def site_study(
             params = pick(state.params[g], i)
             x_q, x_fp = state.inputs[g]
             key = jax.random.fold_in(state.key[c], 1 + first + i)
-            q, failed = method(group.block, params, x_q, x_fp, w_bits[c], a_bits[c], key)
+            side = None if state.beside is None else pick(state.beside, pair[c])
+            q, failed = quantize(g, state.params, i, x_q, x_fp, w_bits[c], a_bits[c], key, side)
             y_q, y_fp = group.block(q.params, x_q, run(q)), group.block(params, x_fp)
             put = partial(
                 jax.tree.map, lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, i, 0)
@@ -206,11 +251,14 @@ def site_study(
             if g + 1 < len(sizes):
                 inputs[g + 1] = (y_q, y_fp)
             error = _relative(y_q, y_fp)
+            out = state.out.at[c, TESTED.index("error")].set(error)
+            if g + 1 == len(sizes):  # of its blocks the last one stays
+                out = out.at[c, TESTED.index("kl_calibration")].set(divergence(y_fp, y_q))
             state = state._replace(
                 inputs=tuple(inputs),
                 quantized=tuple(quantized),
                 fallbacks=state.fallbacks + failed,
-                out=state.out.at[c, TESTED.index("error")].set(error),
+                out=out,
                 step=state.step + 1,
             )
             return state, {"error": error}
@@ -224,10 +272,8 @@ def site_study(
             logits = _scan_quantized(g, q, logits, run)
         for g, p in zip(net.groups, pick(state.nets, which[c]), strict=True):
             logits_fp = run_group(g, p, logits_fp)
-        values = compare(logits, logits_fp, y_test) | {
-            "error": state.out[c, TESTED.index("error")],
-            "fallbacks": state.fallbacks,
-        }
+        kept = {m: state.out[c, TESTED.index(m)] for m in ("error", "kl_calibration")}
+        values = compare(logits, logits_fp, y_test) | kept | {"fallbacks": state.fallbacks}
         row = jnp.stack([values[m] for m in TESTED])
         out = state.out.at[c, : len(TESTED)].set(row)
         return state._replace(out=out, step=state.step + 1), {"error": values["error"]}
@@ -254,7 +300,7 @@ def site_study(
             values |= {f"{cell.name}/{m}": state.out[c, i] for i, m in enumerate(columns(state))}
             values |= {
                 f"{cell.name}/{k}": jnp.float32(v)
-                for k, v in storage(state.quantized, cell.w_bits).items()
+                for k, v in storage(state.quantized, cell.w_bits, wide).items()
             }
             values[f"{cell.name}/sites_total"] = jnp.float32(total)
         return values | _variance(cells, state.out[:, 0])
@@ -278,6 +324,12 @@ def _scan_quantized(group, stacked: QuantizedBlock, x, run):
     return jax.lax.scan(lambda x, q: (group.block(q.params, x, run(q)), None), x, stacked)[0]
 
 
+def divergence(logits_p: jax.Array, logits_q: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """f32[]: mean KL(softmax(p / T) || softmax(q / T)) in nats over all but the last axis."""
+    log_p, log_q = (jax.nn.log_softmax(z / temperature) for z in (logits_p, logits_q))
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+
+
 def compare(logits: jax.Array, logits_fp: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     """Accuracy, flips (%), KL and cross-entropy (nats) of quantized against float logits.
 
@@ -286,27 +338,28 @@ def compare(logits: jax.Array, logits_fp: jax.Array, labels: jax.Array) -> dict[
     >>> float(values["accuracy"]), float(values["kl"]), float(values["flips"])
     (100.0, 0.0, 0.0)
     """
-    log_p, log_q = jax.nn.log_softmax(logits_fp), jax.nn.log_softmax(logits)
     entropy = optax.softmax_cross_entropy_with_integer_labels
     answer, answer_fp = logits.argmax(-1), logits_fp.argmax(-1)
     return {
         "accuracy": 100.0 * (answer == labels).mean(),
         "fp_accuracy": 100.0 * (answer_fp == labels).mean(),
-        "kl": (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean(),
+        "kl": divergence(logits_fp, logits),
         "flips": 100.0 * (answer != answer_fp).mean(),
         "loss": entropy(logits, labels).mean(),
         "fp_loss": entropy(logits_fp, labels).mean(),
     }
 
 
-def storage(quantized: Sequence[QuantizedBlock], bits: int) -> dict[str, float]:
-    """Bytes of the weights packed at `bits`, with scales (f32) and zero points (a byte)."""
+def storage(
+    quantized: Sequence[QuantizedBlock], bits: int, wide: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Bytes of the weights packed at `bits` (or as `wide` says), with scales (f32) and zero points (a byte)."""
     num_bytes, num_weights = 0, 0
     for q in quantized:
-        for qt in q.weights.values():
+        for site, qt in q.weights.items():
             n = qt.codes.shape[0]
             rows, columns = qt.shape
-            at = qt.bits if qt.bits < bits else bits
+            at = min(qt.bits, (wide or {}).get(site, bits))
             per = rows * row_bytes(columns, at, qt.group)
             per += sum(
                 a.size // n * size
