@@ -84,7 +84,7 @@ ZOO = {
     # ResNet-8 with batch norm on digits of 16 x 16, ResNet-20 on CIFAR-10.
     "digits_resnet": Recipe("resnet", tuple(ResNetSize()), "digits16", 800),
     "digits_resnet_small": Recipe(
-        "resnet", tuple(ResNetSize(widths=(4, 8))), "digits16", 150, 32, 2e-2
+        "resnet", tuple(ResNetSize(widths=(8,))), "digits16", 200, 32, 2e-2
     ),
     "cifar10_resnet": Recipe(
         "resnet",
