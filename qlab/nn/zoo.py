@@ -82,7 +82,7 @@ ZOO = {
     "digits_vit": Recipe("vit", tuple(ViTSize()), "digits", 3000, 32, 2e-3, 0.1, augment=1),
     "digits_vit_small": Recipe("vit", (8, 1, 2, 32, 1, 2, 64, 10), "digits", 400, 32, 3e-3, 0.1),
     # ResNet-8 with batch norm on digits of 16 x 16, ResNet-20 on CIFAR-10.
-    "digits_resnet": Recipe("resnet", tuple(ResNetSize()), "digits16", 800),
+    "digits_resnet": Recipe("resnet", tuple(ResNetSize()), "digits16", 500),
     "digits_resnet_small": Recipe(
         "resnet", tuple(ResNetSize(widths=(8,))), "digits16", 200, 32, 2e-2
     ),
