@@ -18,30 +18,35 @@ Letters: N = samples, H, W, C = height, width, channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from qlab.nn.sites import Params, Run
+from qlab.nn.resnet import ResNet
+from qlab.nn.sites import Block, Params, Run
 from qlab.quantization.activations import Affine, affine, fake, minmax, qdrop, search_range
 from qlab.quantization.adaround import adaround
 from qlab.quantization.block_rounding import soft_run
 from qlab.quantization.blocks import (
     ActMethod,
+    Around,
     QuantizedBlock,
     SiteInput,
     WeightMethod,
     nearest_weight,
     quantize_block,
 )
-from qlab.quantization.grid import calibrate, grid_of, nearest_codes, search_affine
+from qlab.quantization.bn_statistics import correct_inputs
+from qlab.quantization.grid import Grid, calibrate, grid_of, nearest_codes, search_affine
 from qlab.quantization.methods import squared_error
 from qlab.quantization.qtensor import dequantize
+from qlab.quantization.quantize_net import QuantizedNet, quantize_net
 from qlab.quantization.reconstruct import reconstruct_steps
-from qlab.quantization.site_study import Around, BlockMethod, divergence
+from qlab.quantization.rounding import RoundingRule
+from qlab.quantization.site_study import BlockMethod, divergence
 
 Difference = Literal["kl", "mse", "cosine"]
 P = 2.4  # power of the error that searches minimise
@@ -168,11 +173,10 @@ def pd_quant(
         q, failed = quantize_block(
             block, params, x_q, x_fp, w_bits, a_bits, key, act=act, weight=weight
         )
+        unit = unit_of(block, q, w_bits, fit, rule, wide)
         x = around.beside if parts.corrected else x_fp
         y, logits = block(params, x), around.suffix(around.params, block(params, x_fp))
         rest = _rest(around, parts.suffix, w_bits, a_bits, wide, max_bits, grid_options)
-        theta = init_theta(q, w_bits, wide, fit, rule)
-        loss = block_loss(block, q, w_bits, wide, parts, fit, rule, rest)
         optimizer = optax.multi_transform(
             {
                 "v": optax.adam(fit.rate),
@@ -180,37 +184,68 @@ def pd_quant(
             },
             {"v": "v", "steps": "steps"},
         )
+        theta = init_theta(unit)
         theta, _, _ = reconstruct_steps(
-            loss, theta, optimizer.init(theta), (x_q, x, y, logits), optimizer,
+            block_loss(unit, parts, rest), theta, optimizer.init(theta), (x_q, x, y, logits), optimizer,
             jax.random.fold_in(key, 10**6),  # beyond the keys of the sites
             0, num_steps=fit.num_iters, total=fit.num_iters, batch_size=min(fit.batch_size, len(y)),
         )  # fmt: skip
-        return hardened(q, theta, w_bits, wide, fit, rule), failed
+        return hardened(unit, theta), failed
 
     return method
 
 
-def init_theta(q: QuantizedBlock, w_bits, wide, fit: Fit, rule) -> dict[str, dict[str, jax.Array]]:
+class Unit(NamedTuple):
+    """A block at work. q: on its grids, its params hold the float weights; w: {site: f32[out, in]}, with grids."""
+
+    block: Block
+    q: QuantizedBlock
+    w: dict[str, jax.Array]
+    grids: dict[str, Grid]
+    fit: Fit
+    rule: RoundingRule
+
+
+def unit_of(block: Block, q: QuantizedBlock, w_bits, fit: Fit, rule: RoundingRule, wide) -> Unit:
+    """The unit of a block whose weights lie on asymmetric grids."""
+    w = {site: q.params[site]["kernel"].T for site in q.weights}
+    grids = {site: grid_of(qt, wide.get(site, w_bits)) for site, qt in q.weights.items()}
+    return Unit(block, q, w, grids, fit, rule)
+
+
+def init_theta(u: Unit) -> dict[str, dict[str, jax.Array]]:
     """What is trained: {"v": AdaRound's V per weight, "steps": activation steps (1 where they are relative)}."""
-    w, grids = _weights(q, w_bits, wide)
-    steps = {s: a.scale if fit.absolute else jnp.ones_like(a.scale) for s, a in q.acts.items()}
-    return {"v": {s: rule.init(w[s], grids[s]) for s in w}, "steps": steps}
+    steps = {s: a.scale if u.fit.absolute else jnp.ones_like(a.scale) for s, a in u.q.acts.items()}
+    return {"v": {s: u.rule.init(u.w[s], u.grids[s]) for s in u.w}, "steps": steps}
 
 
-def block_loss(block, q: QuantizedBlock, w_bits, wide, parts: Parts, fit: Fit, rule, rest):
-    """(theta, batch, key, t) -> f32[], L_rec + L_PD / lamb_r + L_round of a block.
+def stepped(u: Unit, steps: Mapping[str, jax.Array]) -> dict[str, Affine]:
+    """The activation grids with trained steps; zero points stay."""
+    out = {}
+    for site, record in u.q.acts.items():
+        scale = steps[site] if u.fit.absolute else record.scale * steps[site]
+        out[site] = dataclasses.replace(record, scale=scale)
+    return out
+
+
+def hardened(u: Unit, theta) -> QuantizedBlock:
+    """The block with the integers and the activation steps that theta stands for."""
+    made = {s: u.rule.hard(theta["v"][s], u.w[s], u.grids[s]) for s in u.w}
+    return u.q._replace(weights=made, acts=stepped(u, theta["steps"]))
+
+
+def block_loss(u: Unit, parts: Parts, rest: Callable[[jax.Array], jax.Array]):
+    """(theta, batch, key, t) -> f32[], L_rec + L_PD / lamb_r + L_round of a block; t: share of the steps done.
 
     Args:
-      q: the block on its grids; its params hold the float weights. rest: output of the block -> logits.
-      batch: (x_q, x', y', logits of the float net), samples first.
+      rest: output of the block -> logits. batch: (x_q, x', y', logits of the float net), samples first.
     """
-    w, grids = _weights(q, w_bits, wide)
-    order = list(q.acts)
+    order = list(u.q.acts)
 
     def loss(theta, batch, key, t):
         x_q, x, y, logits = batch
         k_mix, k_act = jax.random.split(key)
-        acts = _stepped(q, theta["steps"], fit)
+        acts = stepped(u, theta["steps"])
 
         def operand(site, a):
             if site not in acts:
@@ -220,36 +255,15 @@ def block_loss(block, q: QuantizedBlock, w_bits, wide, parts: Parts, fit: Fit, r
 
         mixed = qdrop(k_mix, x_q, x, parts.mix)
         inputs = mixed if parts.lamb_r is None else jnp.concatenate([mixed, x_q])
-        out = block(q.params, inputs, soft_run(rule, theta["v"], w, grids, operand))
-        total = squared_error(out[: len(y)], y) + sum(rule.reg(v, t) for v in theta["v"].values())
+        out = u.block(u.q.params, inputs, soft_run(u.rule, theta["v"], u.w, u.grids, operand))
+        total = squared_error(out[: len(y)], y)
+        total = total + sum(u.rule.reg(v, t) for v in theta["v"].values())
         if parts.lamb_r is None:
             return total
         difference = pd_loss(logits, rest(out[len(y) :]), parts.temperature, parts.kind)
         return total + difference / parts.lamb_r
 
     return loss
-
-
-def hardened(q: QuantizedBlock, theta, w_bits, wide, fit: Fit, rule) -> QuantizedBlock:
-    """q with the integers and the activation steps that theta stands for."""
-    w, grids = _weights(q, w_bits, wide)
-    made = {s: rule.hard(theta["v"][s], w[s], grids[s]) for s in w}
-    return q._replace(weights=made, acts=_stepped(q, theta["steps"], fit))
-
-
-def _weights(q: QuantizedBlock, w_bits, wide):
-    """({site: float weight f32[out, in]}, {site: its grid})."""
-    w = {site: q.params[site]["kernel"].T for site in q.weights}
-    return w, {s: grid_of(qt, wide.get(s, w_bits)) for s, qt in q.weights.items()}
-
-
-def _stepped(q: QuantizedBlock, steps: Mapping[str, jax.Array], fit: Fit) -> dict[str, Affine]:
-    """The activation grids with trained steps; zero points stay."""
-    out = {}
-    for site, record in q.acts.items():
-        scale = steps[site] if fit.absolute else record.scale * steps[site]
-        out[site] = dataclasses.replace(record, scale=scale)
-    return out
 
 
 def _rest(around: Around, kind: str, w_bits, a_bits, wide, max_bits: int, grid_options):
@@ -282,3 +296,32 @@ def _nearest(stacked: Params, w_bits, wide, max_bits: int, grid_options) -> Para
         else v
         for site, v in stacked.items()
     }
+
+
+def quantize_resnet(
+    family: ResNet,
+    params: Sequence[Params],
+    x: jax.Array,
+    *,
+    w_bits: int = 4,
+    a_bits: int = 4,
+    parts: Parts = Parts(),  # noqa: B008
+    fit: Fit = Fit(),  # noqa: B008
+    lamb_c: float = 0.02,
+    num_correct: int = 500,
+    key: jax.Array | None = None,
+    **options: Any,
+) -> QuantizedNet:
+    """A trained net of yours quantized on calibration images, for `run_blocks(family.folded, result.blocks, x)`.
+
+    Args:
+      family, params: of `qlab.nn.resnet`, with norms. x: f32[N, H, W, C]. w_bits, a_bits: 2 to 8.
+      lamb_c, num_correct: of the distribution correction. options: of `pd_quant`.
+    """
+    beside = None
+    if parts.corrected:
+        beside = correct_inputs(family.net, params, x, lamb_c=lamb_c, n=num_correct)
+    return quantize_net(
+        family.folded, family.fold(params), x, pd_quant(parts, fit, max_bits=w_bits, **options),
+        w_bits=w_bits, a_bits=a_bits, key=key, around=True, beside=beside,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from qlab.lab.errors import UserError
 from qlab.nn.sites import BlockNet, Params, pick
-from qlab.quantization.blocks import QuantizedBlock, fake_run
+from qlab.quantization.blocks import QuantizedBlock, around_block, fake_run
 
 
 class QuantizedNet(NamedTuple):
@@ -29,12 +29,16 @@ def quantize_net(
     w_bits: int,
     a_bits: int,
     key: jax.Array | None = None,
+    around: bool = False,
+    beside: Sequence[Any] | None = None,
 ) -> QuantizedNet:
     """Every block quantized on what the quantized and the float blocks before it give for x.
 
     Args:
       x: calibration inputs. method: (block, params, x_q, x_fp, w_bits, a_bits, key) -> (QuantizedBlock,
         fallbacks), as `site_study` takes it. w_bits, a_bits: 2 to 8. key: None: key(0).
+      around: the method takes an Around as its last argument. beside: what that is to hold, per group, the n blocks
+        first.
     """
     for name, bits in (("w_bits", w_bits), ("a_bits", a_bits)):
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
@@ -43,18 +47,23 @@ def quantize_net(
         if not jnp.size(leaf) or not bool(jnp.isfinite(leaf).all()):
             raise UserError("calibration inputs are empty or not finite; pass a few real samples")
     key = jax.random.key(0) if key is None else key
+    params = tuple(params)
     x_q, x_fp, made, failed = x, x, [], jnp.zeros(())
-    for g, (group, stacked) in enumerate(zip(net.groups, params, strict=True)):
+    for g, group in enumerate(net.groups):
 
         @jax.jit
-        def step(p, x_q, x_fp, k, block=group.block):
-            q, fallbacks = method(block, p, x_q, x_fp, jnp.float32(w_bits), jnp.float32(a_bits), k)
+        def step(params, i, x_q, x_fp, k, side, g=g, block=group.block):
+            p = pick(params[g], i)
+            more = (around_block(net, params, g, i, side),) if around else ()
+            bits = jnp.float32(w_bits), jnp.float32(a_bits)
+            q, fallbacks = method(block, p, x_q, x_fp, *bits, k, *more)
             return q, block(q.params, x_q, fake_run(q)), block(p, x_fp), fallbacks
 
         blocks = []
         for i in range(group.n):
             k = jax.random.fold_in(jax.random.fold_in(key, g), i)
-            q, x_q, x_fp, fallbacks = step(pick(stacked, i), x_q, x_fp, k)
+            side = None if beside is None else pick(beside[g], i)
+            q, x_q, x_fp, fallbacks = step(params, jnp.int32(i), x_q, x_fp, k, side)
             blocks.append(q)
             failed = failed + fallbacks
         made.append(jax.tree.map(lambda *a: jnp.stack(a), *blocks))

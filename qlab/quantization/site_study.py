@@ -24,8 +24,8 @@ import numpy as np
 import optax
 
 from qlab.lab.experiment import Experiment, Metric, Phase
-from qlab.nn.sites import FLOAT, BlockNet, Params, Run, pick, run_group
-from qlab.quantization.blocks import QuantizedBlock, fake_run
+from qlab.nn.sites import BlockNet, Params, pick, run_group
+from qlab.quantization.blocks import QuantizedBlock, around_block, fake_run
 from qlab.quantization.qtensor import row_bytes
 
 METRICS = {
@@ -63,19 +63,6 @@ class Cell(NamedTuple):
     net: str = "plain"
     draw: int = 0
     run: int = 0
-
-
-class Around(NamedTuple):
-    """What a method may know of the net around its block.
-
-    Attributes:
-      params: the float net's, per group. beside: what `beside` gave for this block, or None.
-      suffix: (params, y, run=FLOAT) -> the net's output from y, an output of this block.
-    """
-
-    params: tuple[Params, ...]
-    beside: Any
-    suffix: Callable[..., Any]
 
 
 class State(NamedTuple):
@@ -155,11 +142,8 @@ def site_study(
         args = (net.groups[g].block, own, x_q, x_fp, w_bits, a_bits, key)
         if not around:
             return method(*args)
-
-        def suffix(params, y, run: Run = FLOAT):
-            return net.suffix(params, g, i, y, run)
-
-        return method(*args, Around(params, None if side is None else pick(side[g], i), suffix))
+        own_side = None if side is None else pick(side[g], i)
+        return method(*args, around_block(net, params, g, i, own_side))
 
     def shapes(params, x, side) -> tuple[tuple[Any, ...], tuple[QuantizedBlock, ...]]:
         """Zeros in the form of the inputs of each group and of its quantized blocks."""

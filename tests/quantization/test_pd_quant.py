@@ -11,7 +11,14 @@ from qlab.nn.resnet import ResNetSize, norms, resnet
 from qlab.nn.sites import pick
 from qlab.quantization.activations import fake, qdrop
 from qlab.quantization.adaround import adaround, rectified_sigmoid
-from qlab.quantization.blocks import fake_run, nearest_weight, packed_run, quantize_block
+from qlab.quantization.blocks import (
+    Around,
+    fake_run,
+    nearest_weight,
+    packed_run,
+    quantize_block,
+    run_blocks,
+)
 from qlab.quantization.bn_statistics import (
     bn_inputs,
     bn_stat_loss,
@@ -28,9 +35,11 @@ from qlab.quantization.pd_quant import (
     init_theta,
     pd_loss,
     pd_quant,
+    quantize_resnet,
     searched_act,
+    unit_of,
 )
-from qlab.quantization.site_study import Around, Cell, site_study
+from qlab.quantization.site_study import Cell, site_study
 
 SIZE = ResNetSize(channels=1, widths=(3,), classes=4)
 GRID = {"calibration": "shares", "n_grid": 20}
@@ -211,12 +220,12 @@ def test_sites_are_quantized_where_they_arise(block1):
 def test_the_three_branches(block1):
     block, q, x_q, x_fp, rest, logits = block1
     key, y = jax.random.key(7), block(q.params, x_fp)
-    fit, rule = Fit(reg_weight=0.0), adaround(reg_weight=0.0)
-    theta = init_theta(q, 2.0, WIDE, fit, rule)
+    unit = unit_of(block, q, 2.0, Fit(), adaround(reg_weight=0.0), WIDE)
+    theta = init_theta(unit)
     here, there = (x_q, x_fp, y, logits), (x_q, 2 * x_fp, y + 1, logits)
 
     def value(parts, batch, k):
-        return block_loss(block, q, 2.0, WIDE, parts, fit, rule, rest)(theta, batch, k, 0.5)
+        return block_loss(unit, parts, rest)(theta, batch, k, 0.5)
 
     # V starts where the weights are float, within the rails
     ends = {s: (qt.scale * -qt.zero, qt.scale * (3 - qt.zero)) for s, qt in q.weights.items()}
@@ -339,3 +348,14 @@ def test_learning_lowers_the_loss_and_parts_switch(block1, params, family):
         new, _ = made(parts, x_fp)
         assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(new))
         assert float(jnp.abs(fake(new.acts["mid"], x_fp)).max()) > 0
+
+
+@pytest.mark.slow
+def test_a_net_of_your_own(family, float_params, x):
+    fit = Fit(num_iters=20, batch_size=8, rate=3e-2, step_rate=1e-2)
+    made = quantize_resnet(
+        family, float_params, x, w_bits=8, a_bits=8, fit=fit, num_correct=2, **GRID
+    )
+    want = family.apply(float_params, x)
+    y = run_blocks(family.folded, made.blocks, x)
+    np.testing.assert_allclose(y, want, atol=0.1 * float(jnp.abs(want).max()))
