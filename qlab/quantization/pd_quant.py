@@ -40,7 +40,7 @@ from qlab.quantization.blocks import (
     quantize_block,
 )
 from qlab.quantization.bn_statistics import correct_inputs
-from qlab.quantization.grid import Grid, calibrate, grid_of, nearest_codes, search_affine
+from qlab.quantization.grid import Grid, calibrate, grid_of, nearest_codes
 from qlab.quantization.methods import squared_error
 from qlab.quantization.qtensor import dequantize
 from qlab.quantization.quantize_net import QuantizedNet, quantize_net
@@ -77,24 +77,26 @@ def searched_act(
     num: int = 256,
     n_grid: int = 100,
     signed: Sequence[str] = (),
+    max_bits: int = 8,
 ) -> ActMethod:
     """Operands on a grid per tensor of least mean |error|^2.4 over the first `num` samples; inputs of products float.
 
     Args:
-      wide: {site: its width}. n_grid: shares of the range that are tried. signed: sites that take both signs, whose
-        zero point is searched too; widths there are those of `wide`.
+      wide: {site: its width}. n_grid: shares of the range that are tried.
+      signed: sites that take both signs, where all zero points of up to max_bits bits are tried too; elsewhere, behind
+        a ReLU, zero lies at the end of the range.
     """
 
     def act(i: SiteInput) -> Affine | None:
         if i.w is not None:  # its input is quantized where it arises, before it is cut into patches
             return None
         x, bits = i.x[:num], jnp.float32(wide.get(i.site, i.bits))
-        if i.site in signed:
-            scale, zero = search_affine(x, wide[i.site], None, p=P, n_grid=n_grid)
-            q_max = 2.0**bits - 1
-            return Affine(scale.reshape(()), zero.reshape(()), jnp.zeros_like(q_max), q_max)
-        shares = jnp.arange(1, n_grid + 1) / n_grid
-        return affine(*search_range(x, bits, *minmax(x), shares, p=P), bits)
+        if i.site not in signed:
+            shares = jnp.arange(1, n_grid + 1) / n_grid
+            return affine(*search_range(x, bits, *minmax(x), shares, p=P), bits)
+        grid = calibrate(x.reshape(1, -1), bits, True, max_bits=max_bits, p=P, n_grid=n_grid)
+        assert grid.zero is not None  # asymmetric
+        return Affine(grid.scale[0, 0], grid.zero[0, 0], grid.q_min, grid.q_max)
 
     return act
 

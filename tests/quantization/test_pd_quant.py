@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlab.configs.pd_quant import get_config
+from qlab.experiments.pd_quant import build
+from qlab.lab.errors import UserError
 from qlab.nn.resnet import ResNetSize, norms, resnet
 from qlab.nn.sites import pick
 from qlab.quantization.activations import fake, qdrop
 from qlab.quantization.adaround import adaround, rectified_sigmoid
 from qlab.quantization.blocks import (
     Around,
+    SiteInput,
     fake_run,
     nearest_weight,
     packed_run,
@@ -25,7 +29,7 @@ from qlab.quantization.bn_statistics import (
     correct_inputs,
     distribution_correct,
 )
-from qlab.quantization.grid import make_grid
+from qlab.quantization.grid import make_grid, search_affine
 from qlab.quantization.methods import squared_error
 from qlab.quantization.pd_quant import (
     WIDE,
@@ -109,6 +113,24 @@ def test_rounding_starts_at_the_fraction_and_its_regulariser_counts():
     assert float(rule.reg(jnp.array([9.0, -9.0]), 0.5)) == 0.0  # all h in {0, 1}
     assert float(rule.reg(jnp.array([9.0, 0.3]), 0.5)) > 0.0
     assert float(rule.reg(jnp.zeros(4), 0.1)) == 0.0  # the warm-up
+
+
+def test_activation_steps_are_searched():
+    x = jax.random.normal(jax.random.key(0), (40, 3)) + 0.5
+    i = SiteInput("a", x, x, None, jnp.float32(2), jax.random.key(0))
+    scale, zero = search_affine(x, 2, None, n_grid=20)
+    record = searched_act(n_grid=20, signed=("a",), max_bits=2)(i)
+    np.testing.assert_allclose([record.scale, record.zero], [scale.item(), zero.item()], rtol=1e-6)
+    relu = jax.nn.relu(x)  # of one sign: shares of the range by brute force, zero at its end
+    record = searched_act({}, num=30, n_grid=20)(i._replace(x=relu))
+    a, top = np.asarray(relu[:30], np.float64), float(relu[:30].max())
+    errors = {}
+    for share in np.arange(1, 21) / 20:
+        s = top * share / 3
+        errors[s] = (np.abs(np.clip(np.round(a / s), 0, 3) * s - a) ** 2.4).mean()
+    np.testing.assert_allclose(record.scale, min(errors, key=errors.get), rtol=1e-5)
+    assert float(record.zero) == 0.0
+    assert searched_act()(i._replace(w=jnp.ones((2, 3)))) is None
 
 
 def test_qdrop_takes_elements_one_by_one():
@@ -285,6 +307,15 @@ def learned(family, params, float_params, x):
     for phase in study.phases[: 2 + len(family.folded.groups)]:  # the first cell
         state, _ = phase.step(state)
     return study, state
+
+
+def test_the_papers_own_scale_says_what_is_missing():
+    with pytest.raises(UserError, match=r"needs ImageNet .* and a trained ResNet-18"):
+        build(get_config("full"))
+    c = get_config("smoke")
+    c.method = "brecq"
+    with pytest.raises(UserError, match="expected rtn, adaround, blocks"):
+        build(c)
 
 
 @pytest.mark.slow
