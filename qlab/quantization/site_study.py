@@ -33,7 +33,7 @@ METRICS = {
     "fp_accuracy": Metric("%", "none", "test accuracy of the float net"),
     "kl": Metric("nat", "lower", "test mean of KL(float net || quantized net) over its outputs"),
     "flips": Metric("%", "lower", "test answers that differ from the float net's"),
-    "kl_calibration": Metric("nat", "lower", "the same KL on the calibration samples"),
+    "kl_calibration": Metric("nat", "lower", "KL of the same kind on the calibration samples"),
     "loss": Metric("nat", "lower", "test cross-entropy of the quantized net"),
     "fp_loss": Metric("nat", "none", "test cross-entropy of the float net"),
     "error": Metric("", "lower", "error of the last block's outputs over their power, calibration"),
