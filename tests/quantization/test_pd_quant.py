@@ -1,5 +1,6 @@
 """PD-Quant's exact properties against NumPy in float64, its branches taken apart, and its walk over blocks."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from qlab.experiments.pd_quant import build
 from qlab.lab.errors import UserError
 from qlab.nn.resnet import ResNetSize, norms, resnet
 from qlab.nn.sites import pick
-from qlab.quantization.activations import fake, qdrop
+from qlab.quantization.activations import affine, fake, qdrop
 from qlab.quantization.adaround import adaround, rectified_sigmoid
 from qlab.quantization.blocks import (
     Around,
@@ -43,6 +44,7 @@ from qlab.quantization.pd_quant import (
     searched_act,
     unit_of,
 )
+from qlab.quantization.quantizers import lsq_step
 from qlab.quantization.site_study import Cell, site_study
 
 SIZE = ResNetSize(channels=1, widths=(3,), classes=4)
@@ -131,6 +133,20 @@ def test_activation_steps_are_searched():
     np.testing.assert_allclose(record.scale, min(errors, key=errors.get), rtol=1e-5)
     assert float(record.zero) == 0.0
     assert searched_act()(i._replace(w=jnp.ones((2, 3)))) is None
+
+
+def test_a_trained_step_has_lsqs_gradient():
+    record, x = affine(-0.4, 3.1, 2), 3 * jax.random.normal(jax.random.key(0), (50,))
+
+    def by_record(s):
+        return (fake(dataclasses.replace(record, scale=s), x) ** 2).sum()
+
+    def by_lsq(s):
+        return (lsq_step(x, s, record.zero, record.q_min, record.q_max) ** 2).sum()
+
+    got, want = (jax.value_and_grad(f)(record.scale) for f in (by_record, by_lsq))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert abs(float(want[1])) > 1.0
 
 
 def test_qdrop_takes_elements_one_by_one():
