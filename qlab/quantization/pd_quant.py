@@ -176,6 +176,10 @@ def pd_quant(
             block, params, x_q, x_fp, w_bits, a_bits, key, act=act, weight=weight
         )
         unit = unit_of(block, q, w_bits, fit, rule, wide)
+        if parts.corrected and around.beside is None:
+            raise ValueError(
+                "corrected=True needs the corrected inputs: pass beside=correct_inputs(...)"
+            )
         x = around.beside if parts.corrected else x_fp
         y, logits = block(params, x), around.suffix(around.params, block(params, x_fp))
         rest = _rest(around, parts.suffix, w_bits, a_bits, wide, max_bits, grid_options)
