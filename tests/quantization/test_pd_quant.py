@@ -163,7 +163,7 @@ def test_adaround_of_one_product_beats_nearest():
         float(squared_error((x + 0.1) @ dequantize(f(i)[0]).T, x @ w.T))
         for f in (fit, nearest_weight(max_bits=2, **GRID))
     )
-    assert learned < 0.5 * nearest
+    assert learned < 0.9 * nearest
     with pytest.raises(ValueError, match="'a' is no plain product"):
         fit(i._replace(x=None))
 
