@@ -27,7 +27,7 @@ import optax
 
 from qlab.nn.resnet import ResNet
 from qlab.nn.sites import Block, Params, Run
-from qlab.quantization.activations import Affine, affine, fake, minmax, qdrop, search_range
+from qlab.quantization.activations import Affine, Record, affine, fake, minmax, qdrop, search_range
 from qlab.quantization.adaround import adaround
 from qlab.quantization.block_rounding import soft_run
 from qlab.quantization.blocks import (
@@ -211,6 +211,11 @@ class Unit(NamedTuple):
     fit: Fit
     rule: RoundingRule
 
+    @property
+    def acts(self) -> dict[str, Affine]:
+        """The activation grids whose steps are trained."""
+        return {s: a for s, a in self.q.acts.items() if isinstance(a, Affine)}
+
 
 def unit_of(block: Block, q: QuantizedBlock, w_bits, fit: Fit, rule: RoundingRule, wide) -> Unit:
     """The unit of a block whose weights lie on asymmetric grids."""
@@ -221,14 +226,14 @@ def unit_of(block: Block, q: QuantizedBlock, w_bits, fit: Fit, rule: RoundingRul
 
 def init_theta(u: Unit) -> dict[str, dict[str, jax.Array]]:
     """What is trained: {"v": AdaRound's V per weight, "steps": activation steps (1 where they are relative)}."""
-    steps = {s: a.scale if u.fit.absolute else jnp.ones_like(a.scale) for s, a in u.q.acts.items()}
+    steps = {s: a.scale if u.fit.absolute else jnp.ones_like(a.scale) for s, a in u.acts.items()}
     return {"v": {s: u.rule.init(u.w[s], u.grids[s]) for s in u.w}, "steps": steps}
 
 
-def stepped(u: Unit, steps: Mapping[str, jax.Array]) -> dict[str, Affine]:
+def stepped(u: Unit, steps: Mapping[str, jax.Array]) -> dict[str, Record]:
     """The activation grids with trained steps; zero points stay."""
-    out = {}
-    for site, record in u.q.acts.items():
+    out = dict(u.q.acts)
+    for site, record in u.acts.items():
         scale = steps[site] if u.fit.absolute else record.scale * steps[site]
         out[site] = dataclasses.replace(record, scale=scale)
     return out
