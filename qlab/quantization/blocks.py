@@ -187,11 +187,13 @@ def quantize_block(
 
 
 def _grid(i: SiteInput, granularity: str, max_bits: int, options) -> Grid:
+    # "searched" over zero points too would cost 2^max_bits times as much: minutes at 8 bits.
+    options = {"calibration": "shares", **options}
     return calibrate(i.w, i.bits, granularity == "tensor", max_bits=max_bits, **options)
 
 
 def nearest_weight(*, granularity: str = "channel", max_bits: int = 8, **options) -> WeightMethod:
-    """Rounding to nearest. granularity: "channel" or "tensor"; options: of grid.calibrate."""
+    """Rounding to nearest. granularity: "channel" or "tensor"; options: of grid.calibrate ("shares")."""
 
     def weight(i: SiteInput):
         grid = _grid(i, granularity, max_bits, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -45,17 +46,21 @@ def quantize_net(
     key = jax.random.key(0) if key is None else key
     x_q, x_fp, made, failed = x, x, [], jnp.zeros(())
     for g, (group, stacked) in enumerate(zip(net.groups, params, strict=True)):
-
-        @jax.jit
-        def step(p, x_q, x_fp, k, block=group.block):
-            q, fallbacks = method(block, p, x_q, x_fp, jnp.float32(w_bits), jnp.float32(a_bits), k)
-            return q, block(q.params, x_q, fake_run(q)), block(p, x_fp), fallbacks
-
         blocks = []
         for i in range(group.n):
             k = jax.random.fold_in(jax.random.fold_in(key, g), i)
-            q, x_q, x_fp, fallbacks = step(pick(stacked, i), x_q, x_fp, k)
+            bits = jnp.float32(w_bits), jnp.float32(a_bits)
+            q, x_q, x_fp, fallbacks = _step(
+                method, group.block, pick(stacked, i), x_q, x_fp, *bits, k
+            )
             blocks.append(q)
             failed = failed + fallbacks
         made.append(jax.tree.map(lambda *a: jnp.stack(a), *blocks))
     return QuantizedNet(tuple(made), failed)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _step(method, block, params, x_q, x_fp, w_bits, a_bits, key):
+    """One block; blocks of one structure, and later calls with the same method, share the program."""
+    q, fallbacks = method(block, params, x_q, x_fp, w_bits, a_bits, key)
+    return q, block(q.params, x_q, fake_run(q)), block(params, x_fp), fallbacks

@@ -243,7 +243,7 @@ def test_a_simulator_that_disagrees_is_failed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["runner", "startup", "search", "quantum", "kernels"])
+@pytest.mark.parametrize("name", ["runner", "startup", "search", "quantum", "kernels", "ptq"])
 def test_quick(name, tmp_path):
     """Each as a person calls it; the last line is the summary."""
     done = subprocess.run(

