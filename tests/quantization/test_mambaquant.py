@@ -228,13 +228,8 @@ def made(net, params, x):
     """{option: (params, channel ratios)}, each measured on x."""
     out = {}
     for name, options in OPTIONS.items():
-        transform = mambaquant(net, **options)
-
-        def go(p, x, key, transform=transform):
-            new = transform(p, x, key)
-            return new, channel_ratios(net, new, x)
-
-        out[name] = jax.jit(go)(params, x, jax.random.key(2))
+        new = mambaquant(net, **options)(params, x, jax.random.key(2))
+        out[name] = new, channel_ratios(net, new, x)
     return out
 
 
