@@ -85,8 +85,8 @@ def get_config(variant: str = "") -> ConfigDict:
         c.update(
             seeds=1, net="digits_mamba_small", cells=("w8a8",), nets=("twin",), num_calibration=32
         )
-        for arm in ("rtn", "smoothquant", "smooth", "quarot", "klt", "klt_smooth"):
-            del c.arms[arm]
+        for arm in ("rtn", "smoothquant", "smooth", "hadamard", "klt", "klt_smooth"):
+            del c.arms[arm]  # the two that are left share their program
     if variant == "ablation":
         full = dict(c.arms["full"])
         c.arms = {"full": full, "full_static": {**full, "state": "static"}}
