@@ -20,7 +20,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from qlab import ops
-from qlab.nn.sites import Block, BlockNet, Params, Run, capture, pick
+from qlab.nn.sites import Block, BlockNet, Params, Run, capture
 from qlab.quantization.activations import Affine, Record, fake
 from qlab.quantization.grid import Grid, calibrate, nearest_codes
 from qlab.quantization.methods import gptq_layer
@@ -113,7 +113,7 @@ def run_blocks(
 class SiteInput(NamedTuple):
     """What a site method sees. x: its input behind the quantized sites before it; x_fp: in the float net.
 
-    w: f32[out, in], None at operands. bits: i32[], of the weight or of the activation. x and x_fp are
+    w: f32[out, in], None at operands. bits: f32[], of the weight or of the activation. x and x_fp are
     None at weights used otherwise than in a plain product: only rounding that looks at w alone fits there.
     """
 
@@ -227,11 +227,6 @@ def gptq_weight(
 def float_act(i: SiteInput) -> None:
     """Activations stay float (weight-only quantization)."""
     del i
-
-
-def unit_of(params: tuple[Params, ...], group: int, i) -> Params:
-    """Params of block i of a group."""
-    return pick(params[group], i)
 
 
 site_by_site = partial(partial, quantize_block)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from qlab.lab.errors import UserError
-from qlab.nn.sites import BlockNet, Params, pick
+from qlab.nn.sites import Block, BlockNet, Params, pick
 from qlab.quantization.blocks import QuantizedBlock, fake_run
 
 
@@ -45,17 +46,21 @@ def quantize_net(
     key = jax.random.key(0) if key is None else key
     x_q, x_fp, made, failed = x, x, [], jnp.zeros(())
     for g, (group, stacked) in enumerate(zip(net.groups, params, strict=True)):
-
-        @jax.jit
-        def step(p, x_q, x_fp, k, block=group.block):
-            q, fallbacks = method(block, p, x_q, x_fp, jnp.float32(w_bits), jnp.float32(a_bits), k)
-            return q, block(q.params, x_q, fake_run(q)), block(p, x_fp), fallbacks
-
         blocks = []
         for i in range(group.n):
             k = jax.random.fold_in(jax.random.fold_in(key, g), i)
-            q, x_q, x_fp, fallbacks = step(pick(stacked, i), x_q, x_fp, k)
+            bits = jnp.float32(w_bits), jnp.float32(a_bits)
+            q, x_q, x_fp, fallbacks = _quantize(
+                method, group.block, pick(stacked, i), x_q, x_fp, *bits, k
+            )
             blocks.append(q)
             failed = failed + fallbacks
         made.append(jax.tree.map(lambda *a: jnp.stack(a), *blocks))
     return QuantizedNet(tuple(made), failed)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _quantize(method, block: Block, params: Params, x_q, x_fp, w_bits, a_bits, key):
+    """One block, and its outputs on either input; the same method on other widths compiles nothing new."""
+    q, fallbacks = method(block, params, x_q, x_fp, w_bits, a_bits, key)
+    return q, block(q.params, x_q, fake_run(q)), block(params, x_fp), fallbacks

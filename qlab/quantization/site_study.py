@@ -1,10 +1,10 @@
 """Post-training quantization of weights and activations of a BlockNet as an Experiment: cells x blocks.
 
-A cell is a net (plain or outlier twin) at a weight width and an activation width. Each cell runs as phases:
-"prepare" (a transform of the whole net that preserves its function: smoothing, rotation), one step per
-block (the arm's block method, then the block's outputs become the inputs of the next), "test". Widths and nets
-are data, so the cells of an arm share their compiled programs, and so do blocks of one structure. A step is a
-block: a run may stop and resume between any two.
+A cell is a net (plain or outlier twin) at a weight width and an activation width. Each cell takes one step to
+prepare (a transform of the whole net that preserves its function: smoothing, rotation), one per block (the
+arm's block method, then the block's outputs become the inputs of the next) and one to test. Widths and nets are
+data and a switch chooses what a step does, so an arm compiles one program, in which blocks of one structure
+share their part. A run may stop and resume between any two steps.
 
 What a seed varies, each with a sub-key of its own (fold_in 0, 1, 2 of the seed's key): the trained net
 (and its twin), the calibration draw, the method.
@@ -101,7 +101,7 @@ def site_study(
       pool: samples (a pytree, first axis) to draw calibration samples from. test: (inputs, labels
         i32[N] or i32[N, T]); outputs are logits over a last axis.
       cells: the table. method: (block, params, x_q, x_fp, w_bits, a_bits, key) -> (QuantizedBlock,
-        fallbacks), e.g. `site_by_site(act=..., weight=...)`; called once per group under jit.
+        fallbacks), e.g. `site_by_site(act=..., weight=...)`; traced once per group.
       transform: (params, x_cal, key) -> params, a rewrite of the whole net that keeps its function.
       probe: (transformed params, x_cal) -> {metric: f32[]}, measured for each cell beside METRICS.
       vary: which of the three parts the seed decides. run: how quantized blocks execute.
@@ -119,19 +119,21 @@ def site_study(
     w_bits = jnp.array([c.w_bits for c in cells], jnp.float32)
     a_bits = jnp.array([c.a_bits for c in cells], jnp.float32)
     sizes = [g.n for g in net.groups]
-    per_cell = 2 + sum(sizes)
+    # What the steps of a cell do: prepare, blocks of group 0, of group 1, ..., test.
+    kinds = jnp.asarray(np.repeat(np.arange(len(sizes) + 2), [1, *sizes, 1]))
+    # Jitted for their traces: init needs the shapes of what the steps make.
+    methods = [jax.jit(partial(method, g.block)) for g in net.groups]
     x_test, y_test = jax.tree.map(jnp.asarray, test)
 
     def shapes(params, x) -> tuple[tuple[Any, ...], tuple[QuantizedBlock, ...]]:
         """Zeros in the form of the inputs of each group and of its quantized blocks."""
         inputs, quantized = [], []
-        for g, stacked in zip(net.groups, params, strict=True):
+        bit = jax.ShapeDtypeStruct((), jnp.float32)
+        for g, block_method, stacked in zip(net.groups, methods, params, strict=True):
             one = jax.eval_shape(lambda s: pick(s, 0), stacked)
             inputs.append((x, x))
-            bit = jax.ShapeDtypeStruct((), jnp.float32)
-            q, _ = jax.eval_shape(
-                partial(method, g.block), one, x, x, bit, bit, jax.eval_shape(jax.random.key, 0)
-            )
+            key = jax.eval_shape(jax.random.key, 0)
+            q, _ = jax.eval_shape(block_method, one, x, x, bit, bit, key)
             quantized.append(jax.tree.map(lambda a, n=g.n: _zeros(a, (n,)), q))
             x = jax.eval_shape(lambda p, x, g=g: g.block(p, x), one, x)
         return jax.tree.map(_zeros, tuple(inputs)), tuple(quantized)
@@ -164,11 +166,8 @@ def site_study(
         )  # fmt: skip
         return state._replace(out=jnp.zeros((len(cells), len(columns(state)))))
 
-    def cell_of(state: State):
-        return state.step // per_cell
-
     def prepare(state: State):
-        c = cell_of(state)
+        c = state.step // len(kinds)
         params, x = pick(state.nets, which[c]), pick(state.x_cal, c)
         if transform is not None:
             params = transform(params, x, jax.random.fold_in(state.key[c], 0))
@@ -180,20 +179,18 @@ def site_study(
             inputs=inputs,
             fallbacks=jnp.zeros(()),
             out=state.out.at[c, len(TESTED) :].set(row),
-            step=state.step + 1,
         )
-        return state, {"error": jnp.zeros(())}
+        return state, jnp.zeros(())
 
-    def make_step(g: int):
+    def make_rounding(g: int):
         group, first = net.groups[g], 1 + sum(sizes[:g])
 
-        def step(state: State):
-            c = cell_of(state)
-            i = state.step % per_cell - first
+        def rounding(state: State):
+            c, i = state.step // len(kinds), state.step % len(kinds) - first
             params = pick(state.params[g], i)
             x_q, x_fp = state.inputs[g]
             key = jax.random.fold_in(state.key[c], 1 + first + i)
-            q, failed = method(group.block, params, x_q, x_fp, w_bits[c], a_bits[c], key)
+            q, failed = methods[g](params, x_q, x_fp, w_bits[c], a_bits[c], key)
             y_q, y_fp = group.block(q.params, x_q, run(q)), group.block(params, x_fp)
             put = partial(
                 jax.tree.map, lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, i, 0)
@@ -211,14 +208,13 @@ def site_study(
                 quantized=tuple(quantized),
                 fallbacks=state.fallbacks + failed,
                 out=state.out.at[c, TESTED.index("error")].set(error),
-                step=state.step + 1,
             )
-            return state, {"error": error}
+            return state, error
 
-        return jax.jit(step)
+        return rounding
 
     def tested(state: State):
-        c = cell_of(state)
+        c = state.step // len(kinds)
         logits, logits_fp = x_test, x_test
         for g, q in zip(net.groups, state.quantized, strict=True):
             logits = _scan_quantized(g, q, logits, run)
@@ -229,18 +225,15 @@ def site_study(
             "fallbacks": state.fallbacks,
         }
         row = jnp.stack([values[m] for m in TESTED])
-        out = state.out.at[c, : len(TESTED)].set(row)
-        return state._replace(out=out, step=state.step + 1), {"error": values["error"]}
+        return state._replace(out=state.out.at[c, : len(TESTED)].set(row)), values["error"]
 
-    steps = [make_step(g) for g in range(len(sizes))]
-    prepare, tested = jax.jit(prepare), jax.jit(tested)
-    phases = []
-    for cell in cells:
-        phases.append(Phase(f"{cell.name} prepare", 1, prepare))
-        phases += [
-            Phase(f"{cell.name} {g.name}", g.n, s) for g, s in zip(net.groups, steps, strict=True)
-        ]
-        phases.append(Phase(f"{cell.name} test", 1, tested))
+    branches = [prepare, *map(make_rounding, range(len(sizes))), tested]
+
+    def step(state: State):
+        new, error = jax.lax.switch(kinds[state.step % len(kinds)], branches, state)
+        return new._replace(step=state.step + 1), {"error": error}
+
+    phase = Phase("blocks", len(cells) * len(kinds), jax.jit(step))
 
     def evaluate(state: State) -> dict[str, jax.Array]:
         values: dict[str, jax.Array] = {}
@@ -259,7 +252,7 @@ def site_study(
             values[f"{cell.name}/sites_total"] = jnp.float32(total)
         return values | _variance(cells, state.out[:, 0])
 
-    return Experiment(init, evaluate, tuple(phases), seed_layout="map")
+    return Experiment(init, evaluate, (phase,), seed_layout="map")
 
 
 def _zeros(a, lead: tuple[int, ...] = ()):
