@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlab.configs.repquant import get_config
+from qlab.experiments.repquant import cells, rewrite
 from qlab.lab.errors import UserError
 from qlab.nn.outliers import norm_outliers, norm_twin
 from qlab.nn.sites import capture, pick
@@ -233,3 +235,17 @@ def test_quantize_vit_refuses_what_it_cannot_use(net, params, x):
         quantize_vit(net, params, x[:0])
     with pytest.raises(ValueError, match="norm1 or norm2"):
         norm_twin(({"norm": {}},), LINKS, 1.0, jax.random.key(0))
+
+
+def test_cells_are_read_from_their_names_and_the_anchor_comes_again():
+    c = get_config()
+    names = [cell.name for cell in cells(c)]
+    assert names == [c.anchor, *c.cells]
+    assert [cell[1:] for cell in cells(c)][-2:] == [(4, 4, "plain", 0, 0), (4, 4, "twin", 0, 0)]
+    assert cells(c)[0][1:] == (4, 4, "twin", 1, 1)
+    c.cells = ("w4a4_twn",)
+    with pytest.raises(UserError, match="'w4a4_twn'"):
+        cells(c)
+    c.rewrite = "reparm"
+    with pytest.raises(UserError, match='use "none", "smooth" or "reparam"'):
+        rewrite(c)
