@@ -12,7 +12,7 @@ from qlab.experiments.repquant import cells, rewrite
 from qlab.lab.errors import UserError
 from qlab.nn.outliers import norm_outliers, norm_twin
 from qlab.nn.sites import capture, pick
-from qlab.nn.vit import LINKS, ViTSize, vit
+from qlab.nn.vit import LINKS
 from qlab.quantization.blocks import (
     fake_run,
     nearest_weight,
@@ -33,24 +33,9 @@ from qlab.quantization.repquant import (
 )
 from qlab.quantization.transforms import affine_norm, chain
 
-SIZE = ViTSize(dim=16, depth=2, heads=2, hidden=32)
 GRID = {"calibration": "shares", "n_grid": 10}
 apply = jax.jit(lambda net, params, x: net.apply(params, x), static_argnums=0)
 run_block = jax.jit(lambda block, params, x: block(params, x), static_argnums=0)
-
-
-@pytest.fixture(scope="module")
-def net():
-    return vit(SIZE)
-
-
-@pytest.fixture(scope="module")
-def params(net):
-    rng = np.random.default_rng(7)
-    return jax.tree.map(
-        lambda a: jnp.asarray(a + 0.1 * rng.standard_normal(a.shape), jnp.float32),
-        net.init(jax.random.key(0)),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +72,10 @@ def test_a_shift_needs_a_bias_and_rms_norms_go_symmetric():
     block = {"norm": {"scale": jnp.ones(3)}, "fc": {"kernel": jnp.ones((3, 2))}}
     with pytest.raises(ValueError, match="'norm' has no bias"):
         affine_norm(block, "norm", ("fc",), jnp.ones(3), jnp.ones(3))
-    x = jax.random.normal(jax.random.key(8), (400, 12)) * 2.0 ** jnp.linspace(-2, 2, 12) + 1.0
-    made = reparam("none", symmetric=True)(
-        LinkInput(x, jnp.ones((2, 12)), jnp.float32(4), jax.random.key(0))
+    rng = np.random.default_rng(8)
+    x = np.float32(rng.standard_normal((400, 12)) * 2.0 ** np.linspace(-2, 2, 12) + 1.0)
+    made = jax.jit(reparam("none", symmetric=True))(
+        LinkInput(x, np.ones((2, 12)), jnp.float32(4), jax.random.key(0))
     )
     assert made.c is None
     assert float(made.record.zero) == 0.0
@@ -170,6 +156,7 @@ def test_the_twin_of_a_block_is_quantized_to_the_same_block(walk, params, inputs
         assert float(plain.acts[site].zero) == float(twin.acts[site].zero)
 
 
+@pytest.mark.slow
 def test_a_rewrite_of_nothing_is_the_plain_walk(net, params, inputs):
     p, block = pick(params[1], 0), net.groups[1].block
     ways = {"act": site_acts("uniform"), "weight": nearest_weight(max_bits=4, **GRID)}
@@ -183,6 +170,7 @@ def test_a_rewrite_of_nothing_is_the_plain_walk(net, params, inputs):
         linked_block(block, *args, links=(("norm1", ("fc3",)),), fit=smooth(), **ways)
 
 
+@pytest.mark.slow
 def test_packed_execution_is_the_fake_one(net, twin, x):
     method = repquant(reparam("dual", steps=5), site_acts(), max_bits=4, **GRID)
     for a_bits in (4, 8):
@@ -195,6 +183,7 @@ def test_packed_execution_is_the_fake_one(net, twin, x):
         assert gap.max() < 0.1
 
 
+@pytest.mark.slow
 def test_block_rounding_lowers_the_blocks_error(net, params, inputs):
     block, p = net.groups[1].block, pick(params[1], 0)
     x_q, x_fp = inputs

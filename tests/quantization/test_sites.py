@@ -11,7 +11,8 @@ from flax import nnx
 from scipy.special import erf
 
 from qlab.nn.sites import FLOAT, Run, block_net, capture, pick, sites
-from qlab.nn.vit import Encoder, ViTSize, vit
+from qlab.nn.vit import Encoder
+from qlab.quantization import observers as obs
 from qlab.quantization.activations import Log, affine, minmax
 from qlab.quantization.blocks import (
     fake_run,
@@ -27,27 +28,29 @@ from qlab.quantization.qtensor import QTensor
 from qlab.quantization.site_study import TESTED, Cell, site_study
 from qlab.quantization.transforms import Transform, chain, identity, scale_norm, smooth_scale
 
-SIZE = ViTSize(dim=16, depth=2, heads=2, hidden=32)
 run_block = jax.jit(lambda block, params, x: block(params, x), static_argnums=0)
 apply = jax.jit(lambda net, params, x: net.apply(params, x), static_argnums=0)
 
 
 @pytest.fixture(scope="module")
-def net():
-    return vit(SIZE)
-
-
-@pytest.fixture(scope="module")
-def params(net):
-    # LayerNorms with scales and biases that are not 1 and 0
-    rng = np.random.default_rng(7)
-    made = net.init(jax.random.key(0))
-    return jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape).astype("f"), made)
-
-
-@pytest.fixture(scope="module")
 def x():
     return jax.random.normal(jax.random.key(1), (12, 8, 8, 1))
+
+
+def captured(block, p, x):
+    """`capture` compiled, and the order of the sites, which jit would return by alphabet."""
+    y, seen = _capture(block, p, x)
+    return y, seen, ORDER[block]
+
+
+ORDER = {}
+
+
+@partial(jax.jit, static_argnums=0)
+def _capture(block, p, x):
+    y, seen = capture(block, p, x)
+    ORDER[block] = list(seen)
+    return y, seen
 
 
 def test_a_group_runs_as_its_blocks_one_by_one(net, params, x):
@@ -85,15 +88,8 @@ def test_encoder_equals_attention_written_out(params, net):
 
 def test_capture_and_sites_agree(net, params):
     tokens = jax.random.normal(jax.random.key(2), (12, 16, 16))
-    block, p, order = net.groups[1].block, pick(params[1], 0), []
-
-    @jax.jit
-    def captured(p, x):
-        y, seen = capture(block, p, x)
-        order.extend(seen)  # jit would return the sites by alphabet
-        return y, seen
-
-    y, seen = captured(p, tokens)
+    block, p = net.groups[1].block, pick(params[1], 0)
+    y, seen, order = captured(block, p, tokens)
     found = sites(block, p, tokens)
     assert [s.name for s in found] == order == ["qkv", "q", "k", "probs", "v", "proj", "fc1", "fc2"]
     assert [s.shape for s in found] == [seen[site].shape for site in order]
@@ -120,6 +116,21 @@ def test_blocks_of_a_group_must_be_alike_and_sites_unique():
     net = block_net(("twice",), lambda rngs: [[Twice(rngs)]])
     with pytest.raises(ValueError, match="two sites of a block are called 'a'"):
         capture(net.groups[0].block, pick(net.init(jax.random.key(0))[0], 0), jnp.ones((1, 2)))
+
+
+def test_calibrate_is_one_pass_for_any_sites(net, params, x):
+    batches = [x[:6], x[6:]]
+    stats = obs.calibrate(net, params, batches, {"qkv": obs.minmax(), "head/head": obs.moments()})
+    assert set(stats) == {"encoder.0/qkv", "encoder.1/qkv", "head/head"}
+    block = net.groups[1].block
+    tokens = run_block(net.groups[0].block, pick(params[0], 0), x)
+    seen = captured(block, pick(params[1], 1), run_block(block, pick(params[1], 0), tokens))[1]
+    want = seen["qkv"].min(), seen["qkv"].max()
+    np.testing.assert_allclose(stats["encoder.1/qkv"], want, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"no site is called .qvk.; there are encoder\.0/fc1"):
+        obs.calibrate(net, params, batches, {"qvk": obs.minmax()})
+    with pytest.raises(ValueError, match="no batch"):
+        obs.calibrate(net, params, [], {})
 
 
 # -- blocks
@@ -166,6 +177,7 @@ def walks(net, params, x):
 run_fake = jax.jit(run_blocks, static_argnums=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_execution_equals_the_fake_one(net, x, walks, bits):
     blocks, y, _ = walks[bits]
@@ -183,6 +195,7 @@ def test_packed_execution_equals_the_fake_one(net, x, walks, bits):
     assert gap.max() < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_every_site_is_on_its_grid(walks, bits):
     q = pick(walks[bits][0][1], 0)
@@ -209,7 +222,7 @@ def _smoother(net):
     """SmoothQuant at qkv and fc1 of an encoder."""
 
     def init(params, x, key):
-        return jax.random.uniform(key, (2, SIZE.depth, SIZE.dim), minval=0.2, maxval=5.0)
+        return jax.random.uniform(key, (2, 2, 16), minval=0.2, maxval=5.0)
 
     def apply(params, t):
         block = scale_norm(params[1], "norm1", ("qkv",), t[0])
@@ -241,6 +254,7 @@ def test_smooth_scale_balances_inputs_and_weights():
 # -- the study
 
 
+@pytest.mark.slow  # each smoke study runs one too
 def test_site_study_runs_cells_as_a_walk_by_hand(net, params, x, walks):
     labels = np.arange(12, dtype=np.int32) % 10
     cells = [Cell("w8a8", 8, 8), Cell("w4a4", 4, 4), Cell("w4a4", 4, 4, run=1)]
