@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from scipy.special import erf
 
+from qlab import ops
 from qlab.nn.sites import FLOAT, Run, block_net, capture, pick, sites
 from qlab.nn.vit import Encoder
 from qlab.quantization import observers as obs
@@ -179,7 +180,7 @@ run_fake = jax.jit(run_blocks, static_argnums=0)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
-def test_packed_execution_equals_the_fake_one(net, x, walks, bits):
+def test_packed_execution_equals_the_fake_one(net, x, walks, bits, monkeypatch):
     blocks, y, _ = walks[bits]
     np.testing.assert_allclose(run_fake(net, blocks, x), y, rtol=1e-4, atol=1e-4)
     # Codes of any width are made by one program; how wide they are stored is said here.
@@ -188,7 +189,10 @@ def test_packed_execution_equals_the_fake_one(net, x, walks, bits):
         blocks,
         is_leaf=lambda q: isinstance(q, QTensor),
     )
-    packed = run_blocks(net, narrow, x, packed_run)
+    products, int8 = [], ops.int8_matmul
+    monkeypatch.setattr(ops, "int8_matmul", lambda *a, **k: (products.append(1), int8(*a, **k))[1])
+    packed = jax.jit(lambda x: run_blocks(net, narrow, x, packed_run))(x)
+    assert len(products) == 1 + 2 * 4 + 1  # all of them in integers
     # a value on the edge between two codes may fall to either side
     gap = np.abs(packed - y) / np.abs(y).max()
     assert np.median(gap) < 1e-5
