@@ -10,7 +10,8 @@ separates them from rtn and token only.
 
 Arms, the same walk over blocks: rtn (nothing rewritten, weights to nearest), smooth (SmoothQuant), smooth_gptq (and GPTQ), token
 (ranges per row at run time), token_gptq (and SmoothQuant, GPTQ), repq_vit (reparameterised from quantiles, weights to nearest),
-dual_clip (learned ends), repquant (and GPTQ). GPTQ has the float net as its target in all arms. A seed draws the trained
+dual_clip (learned ends), repquant (and GPTQ). GPTQ has the float net as its target in all arms. Nothing is tuned: alpha is SmoothQuant's, the steps that
+learn the ends (500 of Adam at 0.01) were set beforehand. A seed draws the trained
 net and its twin and the calibration images; the method's key matters to AdaRound and to clip_batch > 0 only.
 
 Variant :ablation exchanges one part of RepQuant at a time; :full has more seeds and steps on the same net. The paper's
@@ -58,8 +59,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.alpha = 0.5  # SmoothQuant's
     c.round_zero = True
     c.clip = "dual"
-    c.clip_steps = 300
-    c.clip_learning_rate = 2e-2
+    c.clip_steps = 500
+    c.clip_learning_rate = 1e-2
     c.clip_batch = 0  # rows a step, 0: all
     # the weights
     c.reconstruction = "none"
