@@ -8,11 +8,12 @@ and W4A4 on the outlier twin: the same function, LayerNorm channels rescaled by 
 weights inversely. SmoothQuant at alpha = 0.5 and reparameterisation undo any such factors exactly, so the twin
 separates them from rtn and token only.
 
-Arms, the same walk over blocks: rtn (nothing rewritten, weights to nearest), smooth (SmoothQuant), smooth_gptq (and GPTQ), token
-(ranges per row at run time), token_gptq (and SmoothQuant, GPTQ), repq_vit (reparameterised from quantiles, weights to nearest),
-dual_clip (learned ends), repquant (and GPTQ). GPTQ has the float net as its target in all arms. Nothing is tuned: alpha is SmoothQuant's, the steps that
-learn the ends (500 of Adam at 0.01) were set beforehand. A seed draws the trained
-net and its twin and the calibration images; the method's key matters to AdaRound and to clip_batch > 0 only.
+Arms, the same walk over blocks: rtn (nothing rewritten, weights to nearest), smooth (SmoothQuant), smooth_gptq (and
+GPTQ), token (ranges per row at run time), token_gptq (and SmoothQuant, GPTQ), repq_vit (reparameterised from
+quantiles, weights to nearest), dual_clip (learned ends), repquant (and GPTQ). GPTQ has the float net as its target
+in all arms. Nothing is tuned: alpha is SmoothQuant's, the steps that learn the ends (500 of Adam at 0.01) were set
+beforehand. A seed draws the trained net and its twin and the calibration images; the method's key matters to
+AdaRound and to clip_batch > 0 only.
 
 Variant :ablation exchanges one part of RepQuant at a time; :full has more seeds and steps on the same net. The paper's
 ImageNet models cannot be read here.
