@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qlab.lab.errors import UserError
-from qlab.nn.sites import BlockNet, Params, pick
+from qlab.nn.sites import Block, BlockNet, Params, pick
 from qlab.quantization.blocks import QuantizedBlock, fake_run
 
 
@@ -50,7 +50,7 @@ def quantize_net(
         for i in range(group.n):
             k = jax.random.fold_in(jax.random.fold_in(key, g), i)
             bits = jnp.float32(w_bits), jnp.float32(a_bits)
-            q, x_q, x_fp, fallbacks = _step(
+            q, x_q, x_fp, fallbacks = _quantize(
                 method, group.block, pick(stacked, i), x_q, x_fp, *bits, k
             )
             blocks.append(q)
@@ -60,7 +60,7 @@ def quantize_net(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _step(method, block, params, x_q, x_fp, w_bits, a_bits, key):
-    """One block; blocks of one structure, and later calls with the same method, share the program."""
+def _quantize(method, block: Block, params: Params, x_q, x_fp, w_bits, a_bits, key):
+    """One block, and its outputs on either input; the same method on other widths compiles nothing new."""
     q, fallbacks = method(block, params, x_q, x_fp, w_bits, a_bits, key)
     return q, block(q.params, x_q, fake_run(q)), block(params, x_fp), fallbacks

@@ -126,6 +126,8 @@ def site_study(
     w_bits = jnp.array([c.w_bits for c in cells], jnp.float32)
     a_bits = jnp.array([c.a_bits for c in cells], jnp.float32)
     sizes = [g.n for g in net.groups]
+    # Jitted for their traces: init needs the shapes of what the steps make.
+    methods = [jax.jit(partial(method, g.block)) for g in net.groups]
     # of the steps of a cell: the group whose next block is quantized; the last step tests
     stages = jnp.array([*(g for g, n in enumerate(sizes) for _ in range(n)), len(sizes)])
     x_test, y_test = jax.tree.map(jnp.asarray, test)
@@ -133,13 +135,11 @@ def site_study(
     def shapes(params, x) -> tuple[tuple[Any, ...], tuple[QuantizedBlock, ...]]:
         """Zeros in the form of the inputs of each group and of its quantized blocks."""
         inputs, quantized = [], []
-        for g, stacked in zip(net.groups, params, strict=True):
+        bit, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(jax.random.key, 0)
+        for g, block_method, stacked in zip(net.groups, methods, params, strict=True):
             one = jax.eval_shape(lambda s: pick(s, 0), stacked)
             inputs.append((x, x))
-            bit = jax.ShapeDtypeStruct((), jnp.float32)
-            q, _ = jax.eval_shape(
-                partial(method, g.block), one, x, x, bit, bit, jax.eval_shape(jax.random.key, 0)
-            )
+            q, _ = jax.eval_shape(block_method, one, x, x, bit, bit, key)
             quantized.append(jax.tree.map(lambda a, n=g.n: _zeros(a, (n,)), q))
             x = jax.eval_shape(lambda p, x, g=g: g.block(p, x), one, x)
         return jax.tree.map(_zeros, tuple(inputs)), tuple(quantized)
@@ -191,7 +191,7 @@ def site_study(
         params = pick(state.params[g], i)
         x_q, x_fp = state.inputs[g]
         key = jax.random.fold_in(state.key[which[c]], 2 + at)  # 0 is the transform's
-        q, failed = method(group.block, params, x_q, x_fp, w_bits[c], a_bits[c], key)
+        q, failed = methods[g](params, x_q, x_fp, w_bits[c], a_bits[c], key)
         y_q, y_fp = group.block(q.params, x_q, run(q)), group.block(params, x_fp)
         put = partial(jax.tree.map, lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, i, 0))
         quantized = list(state.quantized)
