@@ -51,6 +51,7 @@ def _entries() -> dict[str, _Entry]:
 
     table = {
         "digits": _Entry(images.digits),
+        "digits16": _Entry(images.digits16),
         "selective_copy": _Entry(sequences.selective_copy),
         "mnist": idx("mnist"),
         "fashion_mnist": idx("fashion_mnist"),

@@ -82,6 +82,16 @@ def digits() -> Classification:
     return Classification(x[train], y[train], x[val], y[val], x[test], y[test])
 
 
+def digits16() -> Classification:
+    """The same digits at 16x16, each pixel twice in either direction."""
+    d = digits()
+
+    def twice(x):
+        return x.repeat(2, 1).repeat(2, 2)
+
+    return d._replace(x_train=twice(d.x_train), x_val=twice(d.x_val), x_test=twice(d.x_test))
+
+
 def from_uint8(x_train, y_train, x_test, y_test, num_val: int) -> Classification:
     """Scale pixels to [0, 1] and make the last `num_val` training examples the validation part.
 

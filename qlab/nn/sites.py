@@ -80,6 +80,21 @@ class BlockNet(NamedTuple):
             x = run_group(group, stacked, x, run)
         return x
 
+    def suffix(self, params: Sequence[Params], g: int, i: Any, y: Any, run: Run = FLOAT) -> Any:
+        """The net's output from y, that of block i (may be traced) of group g: y through all blocks after it."""
+        group = self.groups[g]
+        if group.n > 1:
+
+            def body(y, at):
+                j, p = at
+                new = group.block(p, y, run)
+                return jax.tree.map(lambda a, b: jnp.where(j > i, a, b), new, y), None
+
+            y = jax.lax.scan(body, y, (jnp.arange(group.n), params[g]))[0]
+        for later, stacked in zip(self.groups[g + 1 :], params[g + 1 :], strict=True):
+            y = run_group(later, stacked, y, run)
+        return y
+
     @property
     def names(self) -> tuple[str, ...]:
         """Of every block, e.g. "encoder.2"."""

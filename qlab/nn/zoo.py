@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from qlab.data.sequences import next_char
 from qlab.lab.errors import UserError, nearest
 from qlab.nn.mamba import MambaSize, mamba
 from qlab.nn.models import cnn, mlp
+from qlab.nn.resnet import ResNetSize, resnet
 from qlab.nn.vit import ViTSize, vit
 
 RECIPE_VERSION = 1  # raise it when training changes: old cache files are then no longer found
@@ -36,12 +37,24 @@ class Net(Protocol):
     def apply(self, params: Any, x: Any) -> jax.Array: ...
 
 
+@runtime_checkable
+class Learner(Net, Protocol):
+    """A net that behaves otherwise in training and keeps running statistics among its params.
+
+    learn: (logits, statistics moved on); keep: params with those in their place.
+    """
+
+    def learn(self, params: Any, x: Any) -> tuple[jax.Array, Any]: ...
+    def keep(self, params: Any, stats: Any) -> Any: ...
+
+
 # A family makes a net of its sizes: mlp of all widths, cnn of channels, others of their size record.
 FAMILIES = {
     "mlp": mlp,
     "cnn": cnn,
     "vit": lambda sizes: vit(ViTSize(*sizes)),
     "mamba": lambda sizes: mamba(MambaSize(*sizes)),
+    "resnet": lambda sizes: resnet(ResNetSize(*sizes)),
 }
 
 
@@ -68,6 +81,21 @@ ZOO = {
     # A transformer of 16 tokens, width 64, four blocks.
     "digits_vit": Recipe("vit", tuple(ViTSize()), "digits", 3000, 32, 2e-3, 0.1, augment=1),
     "digits_vit_small": Recipe("vit", (8, 1, 2, 32, 1, 2, 64, 10), "digits", 400, 32, 3e-3, 0.1),
+    # ResNet-8 with batch norm on digits of 16 x 16, ResNet-20 on CIFAR-10.
+    "digits_resnet": Recipe("resnet", tuple(ResNetSize()), "digits16", 500),
+    "digits_resnet_small": Recipe(
+        "resnet", tuple(ResNetSize(widths=(8,))), "digits16", 200, 32, 2e-2
+    ),
+    "cifar10_resnet": Recipe(
+        "resnet",
+        tuple(ResNetSize(3, (16, 32, 64), 3)),
+        "cifar10",
+        60_000,
+        128,
+        3e-3,
+        5e-2,
+        augment=4,
+    ),
     # Mamba on digits scanned by row: 16 tokens, width 32, three blocks; the answer is the last token's.
     "digits_mamba": Recipe("mamba", tuple(MambaSize()), "digits", 400, 64, 4e-3, 0.1),
     "digits_mamba_small": Recipe(
@@ -165,8 +193,11 @@ def _fit(net: Net, r: Recipe, key: jax.Array, x: jax.Array, y: jax.Array):
     params = net.init(k_init)
 
     def loss_fn(params, images, labels):
-        logits = net.apply(params, images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        if isinstance(net, Learner):
+            logits, stats = net.learn(params, images)
+        else:
+            logits, stats = net.apply(params, images), None
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), stats
 
     def body(carry, i):
         params, opt_state = carry
@@ -175,9 +206,12 @@ def _fit(net: Net, r: Recipe, key: jax.Array, x: jax.Array, y: jax.Array):
         images = x[batch]
         if r.augment:
             images = shifted(images, r.augment, jax.random.fold_in(k_batch, 1))
-        grads = jax.grad(loss_fn)(params, images, y[batch])
+        grads, stats = jax.grad(loss_fn, has_aux=True)(params, images, y[batch])
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), None
+        new = optax.apply_updates(params, updates)
+        if isinstance(net, Learner):
+            new = net.keep(new, stats)
+        return (new, opt_state), None
 
     (params, _), _ = jax.lax.scan(body, (params, optimizer.init(params)), jnp.arange(r.num_steps))
     return params

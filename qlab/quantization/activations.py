@@ -218,3 +218,18 @@ def _(r: Log, q: jax.Array) -> jax.Array:
 def _(r: Log, x: jax.Array) -> jax.Array:
     x_hat = jnp.where(r.levels >= IDENTITY_LEVELS, x, decode(r, encode(r, x)))
     return jax.lax.stop_gradient(x_hat) + (x - jax.lax.stop_gradient(x))  # x_hat exactly
+
+
+def qdrop(key: jax.Array, x_q: jax.Array, x: jax.Array, share: float) -> jax.Array:
+    """Each element quantized with probability `share`, else float (QDrop, Wei et al., arXiv 2203.05740).
+
+    Args:
+      x_q, x: of one shape. share: 1 and 0 draw nothing.
+
+    >>> x = jnp.ones(1000)
+    >>> 400 < float(qdrop(jax.random.key(0), 0 * x, x, 0.5).sum()) < 600
+    True
+    """
+    if share in (0.0, 1.0):
+        return x_q if share else x
+    return jnp.where(jax.random.uniform(key, x.shape) < share, x_q, x)

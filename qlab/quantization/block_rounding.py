@@ -1,4 +1,4 @@
-"""Learned rounding of all weights of a block together, on its quantized activations.
+"""Learned rounding of weights, of a block together or of one product, on quantized activations.
 
 The block is already on its grids (activations calibrated, weights to nearest). Any RoundingRule then learns the
 weights' integers, against the float block's output on float inputs (AdaRound and BRECQ, arXiv 2004.10568 and
@@ -7,7 +7,7 @@ weights' integers, against the float block's output on float inputs (AdaRound an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,11 +16,64 @@ import optax
 
 from qlab.nn.sites import Block, Run
 from qlab.quantization.activations import fake
-from qlab.quantization.blocks import QuantizedBlock
-from qlab.quantization.grid import calibrate
+from qlab.quantization.blocks import QuantizedBlock, SiteInput, WeightMethod
+from qlab.quantization.grid import Grid, calibrate
 from qlab.quantization.methods import squared_error
 from qlab.quantization.reconstruct import reconstruct_steps
 from qlab.quantization.rounding import RoundingRule
+
+
+def soft_run(
+    rule: RoundingRule,
+    v: Mapping[str, Any],
+    w: Mapping[str, jax.Array],
+    grids: Mapping[str, Grid],
+    operand: Callable[[str, jax.Array], jax.Array],
+) -> Run:
+    """A run with the soft weights of a rule, differentiable in v. operand: what sites do to activations."""
+
+    def linear(site, layer, x):
+        x = operand(site, x)
+        if site not in v:
+            return layer(x)
+        bias = 0.0 if layer.bias is None else layer.bias[...]
+        return x @ rule.soft(v[site], w[site], grids[site]).T + bias
+
+    return Run(linear, operand)
+
+
+def learned_weight(
+    rule: RoundingRule,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_iters: int,
+    batch_size: int = 32,
+    granularity: str = "channel",
+    max_bits: int = 8,
+    **grid_options: Any,
+) -> WeightMethod:
+    """A rule learned product by product: squared error of the product on quantized inputs to that on float ones."""
+
+    def weight(i: SiteInput):
+        if i.x is None or i.w is None:
+            raise ValueError(f"{i.site!r} is no plain product; round it to nearest")
+        w = i.w
+        grid = calibrate(w, i.bits, granularity == "tensor", max_bits=max_bits, **grid_options)
+
+        def loss(v, batch, k, t):
+            del k
+            x, want = batch
+            return squared_error(x @ rule.soft(v, w, grid).T, want) + rule.reg(v, t)
+
+        k_init, k_steps = jax.random.split(i.key)
+        v = rule.init(w, grid, k_init)
+        v, _, _ = reconstruct_steps(
+            loss, v, optimizer.init(v), (i.x, i.x_fp @ w.T), optimizer, k_steps, 0,
+            num_steps=num_iters, total=num_iters, batch_size=min(batch_size, len(i.x)),
+        )  # fmt: skip
+        return rule.hard(v, w, grid), jnp.zeros(())
+
+    return weight
 
 
 def learn_block(
@@ -53,22 +106,14 @@ def learn_block(
         for site, a in w.items()
     }
 
-    def run(v: Mapping[str, Any]) -> Run:
-        def operand(site, x):
-            return fake(q.acts[site], x) if site in q.acts else x
-
-        def linear(site, layer, x):
-            if site not in v:
-                return layer(operand(site, x))
-            bias = 0.0 if layer.bias is None else layer.bias[...]
-            return operand(site, x) @ rule.soft(v[site], w[site], grids[site]).T + bias
-
-        return Run(linear, operand)
+    def operand(site, x):
+        return fake(q.acts[site], x) if site in q.acts else x
 
     def loss(v, batch, k, t):
         del k
         x, want = batch
-        error = squared_error(block(q.params, x, run(v)), want)
+        run = soft_run(rule, v, w, grids, operand)
+        error = squared_error(block(q.params, x, run), want)
         return error + sum(rule.reg(a, t) for a in v.values())
 
     v = {site: rule.init(w[site], grids[site], key) for site in w}

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from qlab import ops
-from qlab.nn.sites import Block, BlockNet, Params, Run, capture
+from qlab.nn.sites import FLOAT, Block, BlockNet, Params, Run, capture
 from qlab.quantization.activations import Affine, Record, fake
 from qlab.quantization.grid import Grid, calibrate, nearest_codes
 from qlab.quantization.methods import gptq_layer
@@ -120,6 +120,28 @@ def run_blocks(
             q = jax.tree.map(lambda a, i=i: a[i] if _is_traced(a) else np.asarray(a)[i], stacked)
             x = group.block(q.params, x, how(q))
     return x
+
+
+class Around(NamedTuple):
+    """What a method may know of the net around its block.
+
+    Attributes:
+      params: the float net's, per group. beside: what `beside` gave for this block, or None.
+      suffix: (params, y, run=FLOAT) -> the net's output from y, an output of this block.
+    """
+
+    params: tuple[Params, ...]
+    beside: Any
+    suffix: Callable[..., Any]
+
+
+def around_block(net: BlockNet, params: tuple[Params, ...], g: int, i, beside: Any) -> Around:
+    """What is around block i (may be traced) of group g."""
+
+    def suffix(params, y, run: Run = FLOAT):
+        return net.suffix(params, g, i, y, run)
+
+    return Around(params, beside, suffix)
 
 
 class SiteInput(NamedTuple):

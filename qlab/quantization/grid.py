@@ -56,6 +56,20 @@ class Grid:
         )
 
 
+def grid_of(qt: QTensor, bits) -> Grid:
+    """The grid, one scale per row, on which an asymmetric QTensor lies. bits: i32[], at most qt.bits.
+
+    >>> w = jnp.array([[0.0, 1.0, 3.0]])
+    >>> grid = make_grid(w, 2, calibration="minmax")
+    >>> grid_of(grid.qtensor(nearest_codes(w, grid), w.shape), 2).q_max.tolist()
+    3.0
+    """
+    if qt.zero is None or qt.offset is not None:
+        raise ValueError("grid_of reads asymmetric grids with zero points only")
+    q_max = 2.0 ** jnp.asarray(bits, jnp.float32) - 1
+    return Grid(qt.scale, qt.zero, jnp.zeros_like(q_max), q_max, jnp.asarray(False), qt.bits)
+
+
 def nearest_codes(w: jax.Array, grid: Grid) -> jax.Array:
     """f32[out, in] integers: clip(round(w / scale) + zero, q_min, q_max)."""
     q = round_ties(w / expand(grid.scale, w.shape), grid.ties)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from qlab.lab.errors import UserError
 from qlab.nn.sites import Block, BlockNet, Params, pick
-from qlab.quantization.blocks import QuantizedBlock, fake_run
+from qlab.quantization.blocks import QuantizedBlock, around_block, fake_run
 
 
 class QuantizedNet(NamedTuple):
@@ -30,12 +30,16 @@ def quantize_net(
     w_bits: int,
     a_bits: int,
     key: jax.Array | None = None,
+    around: bool = False,
+    beside: Sequence[Any] | None = None,
 ) -> QuantizedNet:
     """Every block quantized on what the quantized and the float blocks before it give for x.
 
     Args:
       x: calibration inputs. method: (block, params, x_q, x_fp, w_bits, a_bits, key) -> (QuantizedBlock,
         fallbacks), as `site_study` takes it. w_bits, a_bits: 2 to 8. key: None: key(0).
+      around: the method takes an Around as its last argument. beside: what that is to hold, per group, the n blocks
+        first.
     """
     for name, bits in (("w_bits", w_bits), ("a_bits", a_bits)):
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
@@ -44,15 +48,19 @@ def quantize_net(
         if not jnp.size(leaf) or not bool(jnp.isfinite(leaf).all()):
             raise UserError("calibration inputs are empty or not finite; pass a few real samples")
     key = jax.random.key(0) if key is None else key
+    params = tuple(params)
     x_q, x_fp, made, failed = x, x, [], jnp.zeros(())
-    for g, (group, stacked) in enumerate(zip(net.groups, params, strict=True)):
+    bits = jnp.float32(w_bits), jnp.float32(a_bits)
+    for g, group in enumerate(net.groups):
         blocks = []
         for i in range(group.n):
             k = jax.random.fold_in(jax.random.fold_in(key, g), i)
-            bits = jnp.float32(w_bits), jnp.float32(a_bits)
-            q, x_q, x_fp, fallbacks = _quantize(
-                method, group.block, pick(stacked, i), x_q, x_fp, *bits, k
-            )
+            if around:
+                side = None if beside is None else pick(beside[g], i)
+                done = _quantize_in(method, net, g, params, jnp.int32(i), x_q, x_fp, *bits, k, side)
+            else:
+                done = _quantize(method, group.block, pick(params[g], i), x_q, x_fp, *bits, k)
+            q, x_q, x_fp, fallbacks = done
             blocks.append(q)
             failed = failed + fallbacks
         made.append(jax.tree.map(lambda *a: jnp.stack(a), *blocks))
@@ -64,3 +72,12 @@ def _quantize(method, block: Block, params: Params, x_q, x_fp, w_bits, a_bits, k
     """One block, and its outputs on either input; the same method on other widths compiles nothing new."""
     q, fallbacks = method(block, params, x_q, x_fp, w_bits, a_bits, key)
     return q, block(q.params, x_q, fake_run(q)), block(params, x_fp), fallbacks
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _quantize_in(method, net: BlockNet, g: int, params, i, x_q, x_fp, w_bits, a_bits, key, side):
+    """The same for a method that looks at the net around block i of group g."""
+    own, near = pick(params[g], i), around_block(net, params, g, i, side)
+    block = net.groups[g].block
+    q, fallbacks = method(block, own, x_q, x_fp, w_bits, a_bits, key, near)
+    return q, block(q.params, x_q, fake_run(q)), block(own, x_fp), fallbacks

@@ -27,7 +27,7 @@ import optax
 
 from qlab.lab.experiment import Experiment, Metric, Phase
 from qlab.nn.sites import BlockNet, Params, pick
-from qlab.quantization.blocks import QuantizedBlock, fake_run
+from qlab.quantization.blocks import QuantizedBlock, around_block, fake_run
 from qlab.quantization.qtensor import row_bytes
 
 METRICS = {
@@ -35,6 +35,7 @@ METRICS = {
     "fp_accuracy": Metric("%", "none", "test accuracy of the float net"),
     "kl": Metric("nat", "lower", "test mean of KL(float net || quantized net) over its outputs"),
     "flips": Metric("%", "lower", "test answers that differ from the float net's"),
+    "kl_calibration": Metric("nat", "lower", "KL of the same kind on the calibration samples"),
     "loss": Metric("nat", "lower", "test cross-entropy of the quantized net"),
     "fp_loss": Metric("nat", "none", "test cross-entropy of the float net"),
     "error": Metric("", "lower", "error of the last block's outputs over their power, calibration"),
@@ -47,7 +48,9 @@ METRICS = {
     ),
     "variance_calibration_and_method": Metric("", "none", "the same with a fresh calibration draw"),
 }
-TESTED = ("accuracy", "fp_accuracy", "kl", "flips", "loss", "fp_loss", "error", "fallbacks")
+TESTED = (
+    "accuracy", "fp_accuracy", "kl", "kl_calibration", "flips", "loss", "fp_loss", "error", "fallbacks"
+)  # fmt: skip
 
 BlockMethod = Callable[..., tuple[QuantizedBlock, jax.Array]]
 Transform = Callable[[tuple[Params, ...], Any, jax.Array], tuple[Params, ...]]
@@ -66,7 +69,8 @@ class Cell(NamedTuple):
 
 class State(NamedTuple):
     """Of each setup: key, of the method; nets, rewritten params per group, leaves [U, n, ...]; x_cal,
-    [U, N, ...]; logits, f32[U, ...], the float net's on the test inputs; probed, {metric: f32[U]}.
+    [U, N, ...]; logits, f32[U, ...], the float net's on the test inputs; probed, {metric: f32[U]}; beside,
+    per group, leaves [U, n, ...], or None.
 
     Of the cell at work: params, its net's; inputs: per group (x_q, x_fp); quantized: per group; fallbacks
     f32[]. out: f32[C, len(TESTED)].
@@ -78,6 +82,7 @@ class State(NamedTuple):
     x_cal: Any
     logits: jax.Array
     probed: dict[str, jax.Array]
+    beside: Any
     params: tuple[Params, ...]
     inputs: tuple[Any, ...]
     quantized: tuple[QuantizedBlock, ...]
@@ -95,6 +100,9 @@ def site_study(
     *,
     transform: Transform | None = None,
     probe: Callable[[tuple[Params, ...], Any], Mapping[str, jax.Array]] | None = None,
+    around: bool = False,
+    beside: Callable[[jax.Array, str, Any], tuple[Any, ...]] | None = None,
+    wide: Mapping[str, int] | None = None,
     num_calibration: int = 64,
     vary: Sequence[str] = ("net", "calibration", "method"),
     run: Callable[..., Any] = fake_run,
@@ -111,6 +119,10 @@ def site_study(
       probe: (transformed params, x_cal) -> {metric: f32[]}, reported for each cell beside METRICS. Both are
         called on the host, once per net: their heavy parts should be jitted, with `net` static, so that
         arms share the programs.
+      around: the method takes an Around as its last argument.
+      beside: (key of the nets, net name, x_cal) -> per group a pytree with the n blocks first, for the method; found
+        once for all cells with that net and draw (corrected inputs, for example).
+      wide: {weight site: its bits} where the method gives a site a width of its own.
       vary: which of the three parts the seed decides. run: how quantized blocks execute.
     Returns:
       An Experiment whose evaluate gives the METRICS per cell.
@@ -126,22 +138,30 @@ def site_study(
     w_bits = jnp.array([c.w_bits for c in cells], jnp.float32)
     a_bits = jnp.array([c.a_bits for c in cells], jnp.float32)
     sizes = [g.n for g in net.groups]
-    # Jitted for their traces: init needs the shapes of what the steps make.
-    methods = [jax.jit(partial(method, g.block)) for g in net.groups]
     # of the steps of a cell: the group whose next block is quantized; the last step tests
     stages = jnp.array([*(g for g, n in enumerate(sizes) for _ in range(n)), len(sizes)])
     x_test, y_test = jax.tree.map(jnp.asarray, test)
 
-    def shapes(params, x) -> tuple[tuple[Any, ...], tuple[QuantizedBlock, ...]]:
+    @partial(jax.jit, static_argnums=0)  # so that init and the steps share its trace
+    def quantize(g: int, params, i, x_q, x_fp, w_bits, a_bits, key, side):
+        """The method on block i of group g. params: per group; side: what is beside the net, per group, or None."""
+        own = pick(params[g], i)
+        args = (net.groups[g].block, own, x_q, x_fp, w_bits, a_bits, key)
+        if not around:
+            return method(*args)
+        own_side = None if side is None else pick(side[g], i)
+        return method(*args, around_block(net, params, g, i, own_side))
+
+    def shapes(params, x, side) -> tuple[tuple[Any, ...], tuple[QuantizedBlock, ...]]:
         """Zeros in the form of the inputs of each group and of its quantized blocks."""
         inputs, quantized = [], []
         bit, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(jax.random.key, 0)
-        for g, block_method, stacked in zip(net.groups, methods, params, strict=True):
-            one = jax.eval_shape(lambda s: pick(s, 0), stacked)
+        first = jax.ShapeDtypeStruct((), jnp.int32)
+        for g, group in enumerate(net.groups):
             inputs.append((x, x))
-            q, _ = jax.eval_shape(block_method, one, x, x, bit, bit, key)
-            quantized.append(jax.tree.map(lambda a, n=g.n: _zeros(a, (n,)), q))
-            x = jax.eval_shape(lambda p, x, g=g: g.block(p, x), one, x)
+            q, _ = jax.eval_shape(partial(quantize, g), params, first, x, x, bit, bit, key, side)
+            quantized.append(jax.tree.map(lambda a, n=group.n: _zeros(a, (n,)), q))
+            x = jax.eval_shape(lambda s, x, block=group.block: block(pick(s, 0), x), params[g], x)
         return jax.tree.map(_zeros, tuple(inputs)), tuple(quantized)
 
     def init(key: jax.Array) -> State:
@@ -150,6 +170,7 @@ def site_study(
             for i, name in enumerate(("net", "calibration", "method"))
         }
         made = nets(parts["net"])
+        sides: dict[tuple[str, int], Any] = {}
 
         def setup(name: str, draw: int, run: int):
             k_draw, k = (
@@ -162,13 +183,17 @@ def site_study(
             logits = apply_net(net, params, x_test)
             if transform is not None:
                 params = transform(params, x, jax.random.fold_in(k, 0))
-            return k, params, x, logits, {} if probe is None else dict(probe(params, x))
+            if beside is not None and (name, draw) not in sides:
+                sides[name, draw] = beside(parts["net"], name, x)
+            found = {} if probe is None else dict(probe(params, x))
+            return k, params, x, logits, found, sides.get((name, draw))
 
         keys, *stacked = _stack(*(setup(*s) for s in setups))
-        params, x = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tuple(stacked[:2])
+        params, x, side = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype),
+            (stacked[0], stacked[1], stacked[4]),
         )
-        inputs, quantized = shapes(params, x)
+        inputs, quantized = shapes(params, x, side)
         out = jnp.zeros((len(cells), len(TESTED)))
         step, fallbacks = jnp.zeros((), jnp.int32), jnp.zeros(())
         params = jax.tree.map(_zeros, params)
@@ -191,7 +216,8 @@ def site_study(
         params = pick(state.params[g], i)
         x_q, x_fp = state.inputs[g]
         key = jax.random.fold_in(state.key[which[c]], 2 + at)  # 0 is the transform's
-        q, failed = methods[g](params, x_q, x_fp, w_bits[c], a_bits[c], key)
+        side = pick(state.beside, which[c])  # None stays None
+        q, failed = quantize(g, state.params, i, x_q, x_fp, w_bits[c], a_bits[c], key, side)
         y_q, y_fp = group.block(q.params, x_q, run(q)), group.block(params, x_fp)
         put = partial(jax.tree.map, lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, i, 0))
         quantized = list(state.quantized)
@@ -201,11 +227,14 @@ def site_study(
             inputs[g] = (y_q, y_fp)
         if g + 1 < len(sizes):
             inputs[g + 1] = (y_q, y_fp)
+        out = state.out.at[c, TESTED.index("error")].set(_relative(y_q, y_fp))
+        if g + 1 == len(sizes):  # of its blocks the last one stays
+            out = out.at[c, TESTED.index("kl_calibration")].set(divergence(y_fp, y_q))
         return state._replace(
             inputs=tuple(inputs),
             quantized=tuple(quantized),
             fallbacks=state.fallbacks + failed,
-            out=state.out.at[c, TESTED.index("error")].set(_relative(y_q, y_fp)),
+            out=out,
         )
 
     def tested(state: State) -> State:
@@ -213,10 +242,9 @@ def site_study(
         logits = x_test
         for g, q in zip(net.groups, state.quantized, strict=True):
             logits = _scan_quantized(g, q, logits, run)
-        values = compare(logits, state.logits[which[c]], y_test) | {
-            "error": state.out[c, TESTED.index("error")],
-            "fallbacks": state.fallbacks,
-        }
+        kept = {m: state.out[c, TESTED.index(m)] for m in ("error", "kl_calibration")}
+        values = compare(logits, state.logits[which[c]], y_test) | kept
+        values |= {"fallbacks": state.fallbacks}
         row = jnp.stack([values[m] for m in TESTED])
         return state._replace(out=state.out.at[c].set(row))
 
@@ -242,7 +270,7 @@ def site_study(
             values |= {f"{cell.name}/{m}": v[which[c]] for m, v in state.probed.items()}
             values |= {
                 f"{cell.name}/{k}": jnp.float32(v)
-                for k, v in storage(state.quantized, cell.w_bits).items()
+                for k, v in storage(state.quantized, cell.w_bits, wide).items()
             }
             values[f"{cell.name}/sites_total"] = jnp.float32(total)
         return values | _variance(cells, state.out[:, 0])
@@ -278,6 +306,12 @@ def _scan_quantized(group, stacked: QuantizedBlock, x, run):
     return jax.lax.scan(lambda x, q: (group.block(q.params, x, run(q)), None), x, stacked)[0]
 
 
+def divergence(logits_p: jax.Array, logits_q: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """f32[]: mean KL(softmax(p / T) || softmax(q / T)) in nats over all but the last axis."""
+    log_p, log_q = (jax.nn.log_softmax(z / temperature) for z in (logits_p, logits_q))
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+
+
 def compare(logits: jax.Array, logits_fp: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     """Accuracy, flips (%), KL and cross-entropy (nats) of quantized against float logits.
 
@@ -286,27 +320,28 @@ def compare(logits: jax.Array, logits_fp: jax.Array, labels: jax.Array) -> dict[
     >>> float(values["accuracy"]), float(values["kl"]), float(values["flips"])
     (100.0, 0.0, 0.0)
     """
-    log_p, log_q = jax.nn.log_softmax(logits_fp), jax.nn.log_softmax(logits)
     entropy = optax.softmax_cross_entropy_with_integer_labels
     answer, answer_fp = logits.argmax(-1), logits_fp.argmax(-1)
     return {
         "accuracy": 100.0 * (answer == labels).mean(),
         "fp_accuracy": 100.0 * (answer_fp == labels).mean(),
-        "kl": (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean(),
+        "kl": divergence(logits_fp, logits),
         "flips": 100.0 * (answer != answer_fp).mean(),
         "loss": entropy(logits, labels).mean(),
         "fp_loss": entropy(logits_fp, labels).mean(),
     }
 
 
-def storage(quantized: Sequence[QuantizedBlock], bits: int) -> dict[str, float]:
-    """Bytes of the weights packed at `bits`, with scales (f32) and zero points (a byte)."""
+def storage(
+    quantized: Sequence[QuantizedBlock], bits: int, wide: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Bytes of the weights packed at `bits` (or as `wide` says), with scales (f32) and zero points (a byte)."""
     num_bytes, num_weights = 0, 0
     for q in quantized:
-        for qt in q.weights.values():
+        for site, qt in q.weights.items():
             n = qt.codes.shape[0]
             rows, columns = qt.shape
-            at = qt.bits if qt.bits < bits else bits
+            at = min(qt.bits, (wide or {}).get(site, bits))
             per = rows * row_bytes(columns, at, qt.group)
             per += sum(
                 a.size // n * size
