@@ -92,7 +92,7 @@ def method(c) -> methods.Method:
             learning_rate=c.pgd_learning_rate,
         )  # fmt: skip
         return decoupleq(
-            cfg, target=c.target, num_steps=c.block_steps, batch_size=c.batch_size,
+            cfg, target=c.target, num_steps=c.num_iters * c.block_step, batch_size=c.batch_size,
             optimizer=adam(c.block_learning_rate, c.block_weight_decay), train=c.block_train,
         )  # fmt: skip
     rule = {"adaround": adaround, "flexround": flexround}[c.method]()
