@@ -218,6 +218,18 @@ def test_bayesian_optimisation_evaluates_the_largest_expected_improvement(drawn,
     assert set(np.argsort(-gain)[:5].tolist()) == set(np.asarray(order[8:13]).tolist())
 
 
+@pytest.mark.slow  # two compilations
+def test_stages_change_the_padding_only(blobs, monkeypatch):
+    emb, score = blobs
+    orders = []
+    for stage in (16, 2):  # of the 7 rounds: one stage, three
+        monkeypatch.setattr(bo, "_STAGE", stage)
+        run = jax.jit(bo.dngo_search.__wrapped__, static_argnames="spec")
+        spec = bo.DngoSpec(Q, 8, 5, 16, 20, 0)
+        orders.append(np.asarray(run(jax.random.key(3), emb, table(score), spec).order))
+    np.testing.assert_array_equal(*orders)
+
+
 def test_batches_of_reinforce_grow_with_the_score(drawn):
     """A pool of one score fixes every width: first 6, then 2, 4, 6 or 8; the policy moves at batch ends only."""
     emb = jax.random.normal(jax.random.key(0), (P, 3))
