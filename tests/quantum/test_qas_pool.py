@@ -173,6 +173,20 @@ def test_flat_rows_hold_the_whole_encoding(drawn):
     assert flat.sum() == graphs.ops.sum() + graphs.adj.sum()
 
 
+def test_mean_rows_count_gates_and_qubits(drawn):
+    _spec, pool, graphs = drawn
+    got = np.asarray(qp.mean_rows(graphs))
+    for i in range(20):
+        rows = rows_of(pool, i)
+        counts = np.zeros(got.shape[1])
+        counts[[0, 12]] += 1
+        counts[13:] += 2
+        for _, name, qubits in rows:
+            counts[cs.GATES.index(name)] += 1
+            counts[[13 + q for q in qubits]] += 1
+        np.testing.assert_allclose(got[i], counts / (len(rows) + 2), atol=1e-6)
+
+
 def test_bad_input_gets_one_line():
     for change, text in [
         (dict(gate_set=("H", "CX")), "did you mean"),

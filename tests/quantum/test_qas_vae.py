@@ -143,6 +143,21 @@ def test_training_lowers_the_loss_and_is_deterministic(graphs, trained):
     assert all(e != 0 for e in eps)  # learnt
 
 
+def test_settled_norms_give_the_embeddings_of_whole_pool_statistics(graphs):
+    """An untrained net in evaluation mode is then about what it is with the statistics of the pool at hand."""
+    vae = qv.gin_vae_init(jax.random.key(3), graphs.ops.shape[-1], SMALL)
+    after = qv.settle_norms(jax.random.key(4), vae, graphs, num=60)
+    for kind, same in ((nnx.Param, True), (nnx.BatchStat, False)):
+        a, b = (jax.tree.leaves(nnx.split_state(v.state, kind, ...)[0]) for v in (vae, after))
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)) is same
+    want, _ = nnx.merge(vae.graph, vae.state, copy=True).encode(graphs, train=True)
+    gaps = [
+        float(jnp.abs(nnx.merge(*v).encode(graphs)[0] - want).mean() / want.std())
+        for v in (vae, after)
+    ]
+    assert gaps[1] < 0.05 < 0.3 < gaps[0]
+
+
 def test_noise_is_exp_of_the_log_deviation(graphs, trained):
     """z = mu + exp(s) noise: the loss with s = 0 and its KL tell a deviation from a variance."""
     net = nnx.merge(*trained[0], copy=True)
