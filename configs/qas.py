@@ -1,6 +1,8 @@
 """Quantum architecture search on unsupervised embeddings (Sun et al. 2024, arXiv 2401.11576): BO and REINFORCE against the same on raw ones.
 
 The whole pool is labelled first, so every search looks its scores up. Arms of a seed share pool, labels and the one trained VAE.
+About 6 min on two cores, 25 s with :smoke (wiring only).
+    python -m qlab.run --config configs/qas.py
 """
 
 from ml_collections import ConfigDict

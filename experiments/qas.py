@@ -1,7 +1,10 @@
 """Circuit search on embeddings that are learnt without labels, against other embeddings and other searches.
 
 An arm is a search over the seed's pool, on an embedding of it. Pool, scores, targets and the trained VAE come from the
-seed's key alone, so all arms share them and are computed once a process. One step of the phase searches one task.
+seed's key alone, so all arms share them and they are computed once a process. One step of the phase searches one task.
+Measured: learnt embeddings beat random search and the paper's kinds of control many times over, but not the mean of
+the node rows, plain counts of gates and qubits; and on 5000 circuits the VAE does not give graphs back as well as the
+paper's larger pool lets one expect, so those two claims fail.
 """
 
 from __future__ import annotations
@@ -84,8 +87,8 @@ FIGURES = (
     *(Figure(f"Regret, {t}", "line", f"{t}_regret_curve", "queries", "queries", "best of the pool - best found",
              logy=True, arms=("random", "evo", "predictor", "bo_learnt", "bo_counts", "reinforce_learnt"))
       for t in _TASKS),
-    Figure("Score of the neighbours of the best circuits, minus the pool's mean", "bars", "neighbour_gain", arms=_BO),
-    Figure("Correlation of latent distance and score difference", "bars", "corr", arms=_BO),
+    Figure("Score of the neighbours of the best circuits, minus the pool's mean", "bars", "neighbour_gain", arms=_BO, tasks=_TASKS),
+    Figure("Correlation of latent distance and score difference", "bars", "corr", arms=_BO, tasks=_TASKS),
     Figure("Loss of the graph VAE", "line", "vae_loss", "epoch", "epoch", "loss", arms=("bo_learnt",)),
 )  # fmt: skip
 
