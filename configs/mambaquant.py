@@ -18,7 +18,7 @@ Nothing is tuned: alpha = 0.5 and the clamps are the paper's. All arms run one p
 any of them needs, the identity where it does not rewrite them. A seed draws the trained net (and its twin), the
 calibration images, and the signs of the Hadamard matrices.
 
-Variant :ablation takes one part out of full at a time; :copy is selective copying (a known answer), :text next
+Variant :ablation takes one part, or K, out of full at a time; :copy is selective copying (a known answer), :text next
 characters of tiny Shakespeare (needs the data set); :full a wider text net. The paper's own checkpoints (Vim on
 ImageNet, state-spaces Mamba) cannot be read here.
     python -m qlab.run --config configs/mambaquant.py
