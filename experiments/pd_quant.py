@@ -120,7 +120,8 @@ def build(c) -> Experiment:
     family = zoo.model(r.kind, r.widths)
     images = zoo.examples(r.dataset)
     test = (images.x_val, images.y_val) if c.split == "val" else (images.x_test, images.y_test)
-    cells = [Cell(cell, *(int(b) for b in cell[1:].split("a"))) for cell in c.cells]
+    widths = [[int(bits) for bits in name[1:].split("a")] for name in c.cells]
+    cells = [Cell(name, w, a) for name, (w, a) in zip(c.cells, widths, strict=True)]
     blocks = c.method == "blocks"
 
     def corrected(key: jax.Array, name: str, x):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,8 @@ def distribution_correct(
         updates, state = optimizer.update(grad, state, new, value=value)
         return (optax.apply_updates(new, updates), state), None
 
-    return jax.lax.scan(body, (x, optimizer.init(x)), None, length=n)[0][0]
+    last: Any = jax.lax.scan(body, (x, optimizer.init(x)), None, length=n)[0]
+    return last[0]
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("lamb_c", "n", "lr"))

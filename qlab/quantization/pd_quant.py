@@ -27,7 +27,7 @@ import optax
 
 from qlab.nn.resnet import ResNet
 from qlab.nn.sites import Block, Params, Run
-from qlab.quantization.activations import Affine, affine, fake, minmax, qdrop, search_range
+from qlab.quantization.activations import Affine, Record, affine, fake, minmax, qdrop, search_range
 from qlab.quantization.adaround import adaround
 from qlab.quantization.block_rounding import soft_run
 from qlab.quantization.blocks import (
@@ -176,6 +176,10 @@ def pd_quant(
             block, params, x_q, x_fp, w_bits, a_bits, key, act=act, weight=weight
         )
         unit = unit_of(block, q, w_bits, fit, rule, wide)
+        if parts.corrected and around.beside is None:
+            raise ValueError(
+                "corrected=True needs the corrected inputs: pass beside=correct_inputs(...)"
+            )
         x = around.beside if parts.corrected else x_fp
         y, logits = block(params, x), around.suffix(around.params, block(params, x_fp))
         rest = _rest(around, parts.suffix, w_bits, a_bits, wide, max_bits, grid_options)
@@ -207,6 +211,11 @@ class Unit(NamedTuple):
     fit: Fit
     rule: RoundingRule
 
+    @property
+    def acts(self) -> dict[str, Affine]:
+        """The activation grids whose steps are trained."""
+        return {s: a for s, a in self.q.acts.items() if isinstance(a, Affine)}
+
 
 def unit_of(block: Block, q: QuantizedBlock, w_bits, fit: Fit, rule: RoundingRule, wide) -> Unit:
     """The unit of a block whose weights lie on asymmetric grids."""
@@ -217,14 +226,14 @@ def unit_of(block: Block, q: QuantizedBlock, w_bits, fit: Fit, rule: RoundingRul
 
 def init_theta(u: Unit) -> dict[str, dict[str, jax.Array]]:
     """What is trained: {"v": AdaRound's V per weight, "steps": activation steps (1 where they are relative)}."""
-    steps = {s: a.scale if u.fit.absolute else jnp.ones_like(a.scale) for s, a in u.q.acts.items()}
+    steps = {s: a.scale if u.fit.absolute else jnp.ones_like(a.scale) for s, a in u.acts.items()}
     return {"v": {s: u.rule.init(u.w[s], u.grids[s]) for s in u.w}, "steps": steps}
 
 
-def stepped(u: Unit, steps: Mapping[str, jax.Array]) -> dict[str, Affine]:
+def stepped(u: Unit, steps: Mapping[str, jax.Array]) -> dict[str, Record]:
     """The activation grids with trained steps; zero points stay."""
-    out = {}
-    for site, record in u.q.acts.items():
+    out = dict(u.q.acts)
+    for site, record in u.acts.items():
         scale = steps[site] if u.fit.absolute else record.scale * steps[site]
         out[site] = dataclasses.replace(record, scale=scale)
     return out

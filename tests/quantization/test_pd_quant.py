@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from qlab.configs.pd_quant import get_config
@@ -15,6 +16,7 @@ from qlab.nn.resnet import ResNetSize, norms, resnet
 from qlab.nn.sites import pick
 from qlab.quantization.activations import affine, fake, qdrop
 from qlab.quantization.adaround import adaround, rectified_sigmoid
+from qlab.quantization.block_rounding import learned_weight
 from qlab.quantization.blocks import (
     Around,
     SiteInput,
@@ -44,6 +46,7 @@ from qlab.quantization.pd_quant import (
     searched_act,
     unit_of,
 )
+from qlab.quantization.qtensor import dequantize
 from qlab.quantization.quantizers import lsq_step
 from qlab.quantization.site_study import Cell, site_study
 
@@ -147,6 +150,22 @@ def test_a_trained_step_has_lsqs_gradient():
     got, want = (jax.value_and_grad(f)(record.scale) for f in (by_record, by_lsq))
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert abs(float(want[1])) > 1.0
+
+
+def test_adaround_of_one_product_beats_nearest():
+    w = jax.random.normal(jax.random.key(0), (4, 24))
+    x = jax.random.normal(jax.random.key(1), (64, 24)) @ jax.random.normal(
+        jax.random.key(2), (24, 24)
+    )
+    i = SiteInput("a", x + 0.1, x, w, jnp.float32(2), jax.random.key(3))
+    fit = learned_weight(adaround(), optax.adam(3e-2), num_iters=200, max_bits=2, **GRID)
+    learned, nearest = (
+        float(squared_error((x + 0.1) @ dequantize(f(i)[0]).T, x @ w.T))
+        for f in (fit, nearest_weight(max_bits=2, **GRID))
+    )
+    assert learned < 0.9 * nearest
+    with pytest.raises(ValueError, match="'a' is no plain product"):
+        fit(i._replace(x=None))
 
 
 def test_qdrop_takes_elements_one_by_one():
@@ -395,6 +414,18 @@ def test_learning_lowers_the_loss_and_parts_switch(block1, params, family):
         new, _ = made(parts, x_fp)
         assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(new))
         assert float(jnp.abs(fake(new.acts["mid"], x_fp)).max()) > 0
+
+
+def test_corrected_inputs_must_be_given(block1, params):
+    block, q, x_q, x_fp, _, _ = block1
+    around = Around(params, None, lambda p, y: y)
+    with pytest.raises(ValueError, match="needs the corrected inputs"):
+        jax.eval_shape(
+            lambda x: pd_quant(max_bits=2)(
+                block, q.params, x, x_fp, 2.0, 2.0, jax.random.key(0), around
+            )[0],
+            x_q,
+        )
 
 
 @pytest.mark.slow
