@@ -1,5 +1,7 @@
 """The environment, replayed gate by gate in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,31 +45,36 @@ def rollout(env, sw, steps, key=0, choose=None):
 
 @pytest.fixture(scope="module")
 def played():
-    """40 steps of H2 on 2 qubits: clean; lagging, with random lengths that are ends; noisy, with shots and lengths that are not."""
-    with jax.enable_x64(True):
-        obs, out = search_problem("h2_2q"), {}
-        tasks = {
-            "clean": ae.Task(obs, D),
-            "lag": ae.Task(obs, D, lag_optimisation=True),
-            "noisy": ae.Task(
-                obs, D, pc.depolarizing_model(0.01, 0.05), shots=1000, optimiser=Settings(steps=3)
-            ),
-        }
-        for name, task in tasks.items():
-            env = ae.architecture_env(task, E, L)
+    """40 steps of H2 on 2 qubits, by name: clean; lagging, with random lengths that are ends; noisy, with shots and
+    lengths that are not."""
+    obs = search_problem("h2_2q")
+    noise, quick = pc.depolarizing_model(0.01, 0.05), Settings(steps=3)
+    tasks = {
+        "clean": ae.Task(obs, D),
+        "lag": ae.Task(obs, D, lag_optimisation=True),
+        "noisy": ae.Task(obs, D, noise, shots=1000, optimiser=quick),
+    }
+
+    @functools.cache
+    def play(name):
+        with jax.enable_x64(True):
+            env = ae.architecture_env(tasks[name], E, L)
             halting = {"halting": name != "clean", "halt_ends": name == "lag"}
             sw = switches(env, 0.97, **halting, delta=5e-4, every=12, wins_needed=2)
-            out[name] = task, env, jax.jit(lambda env=env, sw=sw: rollout(env, sw, 40))()
-        return out
+            return tasks[name], env, jax.jit(lambda: rollout(env, sw, 40))()
+
+    return play
 
 
 place, legal_mask = jax.jit(pm.place), jax.jit(pm.legal_mask)
 
 
-@pytest.mark.parametrize("name", ["clean", "lag", "noisy"])
+@pytest.mark.parametrize(
+    "name", ["clean", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lag", "noisy"))]
+)
 def test_replay(played, name):
     """Circuits, energies, rewards, ends, threshold, numbers and records, from actions and angles alone."""
-    task, env, ((first, obs0), (action, state, ts)) = played[name]
+    task, env, ((first, obs0), (action, state, ts)) = played(name)
     obs, n = task.observable, 2
     tables = pc.noise_tables(task.noise, n)
     energy = jax.jit(lambda s, a: pc.ptm_energy(s, a, tables, to_coords(obs)))
@@ -144,8 +151,9 @@ def test_replay(played, name):
             np.testing.assert_array_equal(legal[i], legal_mask(circuit))
 
 
+@pytest.mark.slow
 def test_the_lagging_gate_is_not_optimised(played):
-    _, _, (_, (_, state, _ts)) = played["lag"]
+    _, _, (_, (_, state, _ts)) = played("lag")
     count = np.asarray(state.circuit.count)
     angles = np.asarray(state.angles)
     t, e = np.nonzero(count > 0)
@@ -153,7 +161,7 @@ def test_the_lagging_gate_is_not_optimised(played):
 
 
 def test_energies_are_counted(played):
-    _, _env, (_, (_action, state, _)) = played["clean"]
+    _, _env, (_, (_action, state, _)) = played("clean")
     spent = np.diff(np.asarray(state.records.energies), prepend=0)
     assert (spent >= E).all()  # one a step, and three for each angle and sweep
     assert ((spent - E) % 3 == 0).all()

@@ -1,6 +1,7 @@
 """The comparison as a whole on a small task: what arms share, what seeds vary, and one-line errors."""
 
 import copy
+import functools
 
 import jax
 import numpy as np
@@ -73,11 +74,15 @@ def switches(name):
     return crlqas.make_switches(c, "h2_2q", env)
 
 
+@functools.cache
+def shapes(name):
+    return jax.eval_shape(crlqas.build(arm(name)).init, jax.random.key(0))
+
+
 @pytest.mark.parametrize("name", ["random", "told_e0", "no_curriculum", "no_mask", "no_halting"])
 def test_arms_without_a_part_share_the_program(name):
     """The switches, and whether anything is learnt, are data: only their values differ."""
-    key = jax.random.key(0)
-    whole, other = (jax.eval_shape(crlqas.build(arm(n)).init, key) for n in ("crlqas", name))
+    whole, other = shapes("crlqas"), shapes(name)
     assert jax.tree.structure(whole) == jax.tree.structure(other)
     assert jax.tree.leaves(whole) == jax.tree.leaves(other)
 

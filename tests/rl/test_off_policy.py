@@ -77,7 +77,7 @@ def chain(num_envs, length=5):
     return reset, step
 
 
-@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize("n_step", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_loop_learns_a_chain(n_step):
     reset, step = chain(4)
     agent = double_dqn(
