@@ -356,7 +356,9 @@ def test_the_papers_own_scale_says_what_is_missing():
 @pytest.mark.slow
 def test_the_study_gives_the_method_what_it_needs(family, learned, params):
     study, state = learned
-    assert [a.shape[:2] for a in state.beside] == [(2, 1)] * 3  # a cell and its repeat, one block a group
+    assert [a.shape[:2] for a in state.beside] == [
+        (2, 1)
+    ] * 3  # a cell and its repeat, one block a group
     values = study.evaluate(state)
     logits = family.folded.apply(params, state.x_cal[0])
     y = state.x_cal[0]

@@ -22,17 +22,17 @@ from qlab.quantum.vqe import SPSA, adam_spsa
 def h2():
     """RY(0), CNOT(0, 1) on H2 with two qubits, in 4 slots; and RX(0) twice over."""
     with jax.enable_x64(True):
-        obs = search_problem("h2_2q")
+        obs, place = search_problem("h2_2q"), jax.jit(pm.place)
         tables = pc.noise_tables(NoiseModel(), 2)
         h = pc.effective_observable(to_coords(obs), tables)
         circuits = []
         for actions in ((3, 0), (2, 5)):
             c = pm.empty(4, 2)
             for a in actions:
-                c = pm.place(c, a)
+                c = place(c, a)
             circuits.append(c)
         batch = jax.tree.map(lambda *x: jnp.stack(x), *circuits)
-        wires = jax.vmap(lambda c: pc.wiring(pm.sequence(c), tables, 2))(batch)
+        wires = jax.jit(jax.vmap(lambda c: pc.wiring(pm.sequence(c), tables, 2)))(batch)
         return obs, h, wires, jax.vmap(pm.angle_order)(batch)
 
 
@@ -47,7 +47,12 @@ EXACT = {
 SIZES = {"steps": 200, "max_evals": 400, "spsa": SPSA(a=1.0, alpha=0.602, gamma=0.101)}
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+FAST = ("rotosolve", "adam_spsa")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in OPTIMISERS]
+)
 def test_finds_the_optimum_of_one_angle(h2, name):
     obs, h, wires, order = h2
     search = angle_search(Settings(name, **SIZES))
