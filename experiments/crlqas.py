@@ -143,5 +143,6 @@ FIGURES = (
     *(Figure(f"{TASKS[t]}: success by round", "curve", f"{t}/success", xlabel="round") for t in TASKS),
     Figure(f"{TASKS[MAIN]}: threshold", "curve", f"{MAIN}/threshold", xlabel="round", ylabel="Ha"),
     Figure(f"{TASKS[MAIN]}: least error", "curve", f"{MAIN}/error", xlabel="round", ylabel="Ha", logy=True),
+    Figure("Shortest circuit within 1.6 mHa (lowest energy if none)", "circuit", "circuit"),
     Figure("Error by number of gates", "line", "error_by_gates", "num_gates", "gates", "Ha", logy=True),
 )  # fmt: skip

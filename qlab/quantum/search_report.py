@@ -12,7 +12,7 @@ import numpy as np
 from qlab.lab.experiment import Metric
 from qlab.quantum import placement as pm
 from qlab.quantum.architecture_env import EnvState, Found, Records, Task
-from qlab.quantum.circuit_spec import CircuitSpec, pennylane_state
+from qlab.quantum.circuit_spec import CircuitSpec, drawing_rows, pennylane_state
 from qlab.quantum.pauli import ground_energy, to_dense
 from qlab.quantum.reference_circuits import Scored, shortest_good
 
@@ -69,12 +69,15 @@ def search_results(records: Records, task: Task, last: int) -> dict[str, Any]:
     """Of a finished search; success is over its last `last` episodes.
 
     first_success is the number of the first successful episode, counted from 1 (episodes + 1: none); gates, depth and
-    cnots those of the shortest circuit within chemical accuracy (all max_gates + 1: none).
+    cnots those of the shortest circuit within chemical accuracy (all max_gates + 1: none). circuit: f64[G, 6], that one
+    as a page draws it, or the one with the lowest energy where there is none.
     """
     r = jax.tree.map(np.asarray, records)
     solved = r.solved > 0
     last = min(last, solved.size)
     at = r.solved[-last:][solved[-last:]]
+    low = found_circuit(r.lowest, task)
+    best = found_circuit(r.shortest, task) if r.shortest.gates <= task.max_gates else low
     return {
         "min_error": r.least_error,
         "lowest_error": r.lowest.error,
@@ -88,7 +91,8 @@ def search_results(records: Records, task: Task, last: int) -> dict[str, Any]:
         "length": r.length[-last:].mean(),
         "energies": r.energies,
         "circuits": r.length.sum(),
-        "pennylane_gap": pennylane_gap(task, found_circuit(r.lowest, task), float(r.lowest.error)),
+        "circuit": drawing_rows(best),
+        "pennylane_gap": pennylane_gap(task, low, float(r.lowest.error)),
     }
 
 
@@ -107,5 +111,6 @@ def reference_results(task: Task, found: tuple[Scored, ...]) -> dict[str, Any]:
         "circuits": sum(s.circuits for s in found),
         "num_gates": np.array([s.gates for s in found]),
         "error_by_gates": np.array([s.error for s in found]),
+        "circuit": drawing_rows((short or low).spec),
         "pennylane_gap": pennylane_gap(task, low.spec, low.error),
     }
