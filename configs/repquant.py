@@ -39,7 +39,7 @@ CONVENTIONS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = base(experiment="repquant", seeds=3)
+    c = base(experiment="repquant", seeds=5)
     # the net and the cells
     c.net = "digits_vit"
     c.twin_strength = 2.5
