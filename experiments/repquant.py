@@ -21,7 +21,7 @@ from qlab.quantization.site_study import Cell, site_study
 __all__ = ["CLAIMS", "FIGURES", "METRICS", "build"]
 PAPER = "Li et al. 2024"
 STRONG = ("smooth_gptq", "token_gptq")
-SAME = "the same on the twin: both methods undo it, whatever its factors"
+SAME = "the same on the twin up to rounding: both methods undo it, whatever its factors"
 
 METRICS = SITE_METRICS | {
     "weight_error": Metric("", "lower", "relative squared error of rewritten post-LN weights"),
