@@ -188,16 +188,19 @@ def site_study(
             found = {} if probe is None else dict(probe(params, x))
             return k, params, x, logits, found, sides.get((name, draw))
 
-        keys, *stacked = _stack(*(setup(*s) for s in setups))
+        keys, rewritten, x_cal, logits, probed, sided = _stack(*(setup(*s) for s in setups))
         params, x, side = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype),
-            (stacked[0], stacked[1], stacked[4]),
+            (rewritten, x_cal, sided),
         )
         inputs, quantized = shapes(params, x, side)
         out = jnp.zeros((len(cells), len(TESTED)))
         step, fallbacks = jnp.zeros((), jnp.int32), jnp.zeros(())
         params = jax.tree.map(_zeros, params)
-        return State(keys, step, *stacked, params, inputs, quantized, fallbacks, out)
+        return State(
+            keys, step, rewritten, x_cal, logits, probed, sided, params, inputs, quantized,
+            fallbacks, out,
+        )  # fmt: skip
 
     def begun(state: State) -> State:
         """At the first step of a cell: its net and its calibration samples."""
