@@ -46,7 +46,7 @@ def run(c, arm, seed=0):
 def results():
     with jax.enable_x64(False):
         c = tiny()
-        return c, {arm: run(c, arm) for arm in ("random", "bo_untrained")}
+        return c, {arm: run(c, arm) for arm in ("random", "bo_counts")}
 
 
 def check(c, arm, out):
@@ -130,20 +130,20 @@ def test_arms_share_data_and_seeds_do_not(results):
     assert not np.array_equal(one.specs.gate, two.specs.gate)
     a, b = (study.labels_of(jax.random.key(k), spec["evo"]) for k in (0, 1))
     assert not np.array_equal(a, b)
-    e, f = (study.embedding_of(jax.random.key(k), "untrained", spec["evo"]).points for k in (0, 1))
+    e, f = (study.embedding_of(jax.random.key(k), "counts", spec["evo"]).points for k in (0, 1))
     assert not np.array_equal(e, f)
 
 
 def test_a_search_stopped_between_tasks_goes_on_the_same_way(results):
     c, arms = results
-    experiment = qas.build(configs.arm_config(c, "bo_untrained"))
+    experiment = qas.build(configs.arm_config(c, "bo_counts"))
     state = experiment.init(jax.random.key(0))
     state, _ = experiment.phases[0].step(state)
     kept = jax.device_get(state._replace(key=jax.random.key_data(state.key)))
     state = qas.State(jax.random.wrap_key_data(kept.key), *(jax.numpy.asarray(x) for x in kept[1:]))
     for _ in range(2):
         state, _ = experiment.phases[0].step(state)
-    np.testing.assert_array_equal(state.order, arms["bo_untrained"][0].order)
+    np.testing.assert_array_equal(state.order, arms["bo_counts"][0].order)
 
 
 @pytest.mark.slow
