@@ -140,7 +140,7 @@ FIGURES = (
     Figure("Success of the last episodes", "bars", "success_rate", ylabel="%"),
     Figure("Gates at which they came within 1.6 mHa", "bars", "solved_at"),
     Figure("Gates of the shortest circuit within 1.6 mHa", "bars", "gates"),
-    *(Figure(f"{TASKS[t]}: success by round", "curve", f"{t}/success", xlabel="round") for t in TASKS),
+    *(Figure(f"{TASKS[t]}: success by round", "curve", f"{t}/success", xlabel="round") for t in H2),
     Figure(f"{TASKS[MAIN]}: threshold", "curve", f"{MAIN}/threshold", xlabel="round", ylabel="Ha"),
     Figure(f"{TASKS[MAIN]}: least error", "curve", f"{MAIN}/error", xlabel="round", ylabel="Ha", logy=True),
     Figure("Error by number of gates", "line", "error_by_gates", "num_gates", "gates", "Ha", logy=True),
