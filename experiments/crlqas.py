@@ -49,8 +49,8 @@ def make_switches(c: Any, name: str, env: ae.ArchitectureEnv) -> ae.Switches:
     )
     table = mt.halting_table(t.D, halt.n or t.D, halt.p, halt.least)
     xi = t.accept_err if c.accept_err is None else c.accept_err
-    flags = (jnp.bool_(x) for x in (c.mask, halt.on, halt.terminal))
-    return ae.Switches(*flags, table, mt.moving_threshold(xi, rule))
+    mask, halting, ends = (jnp.bool_(x) for x in (c.mask, halt.on, halt.terminal))
+    return ae.Switches(mask, halting, ends, table, mt.moving_threshold(xi, rule))
 
 
 def online_task(c: Any, name: str) -> OnlineTask:
