@@ -49,8 +49,8 @@ def make_switches(c: Any, name: str, env: ae.ArchitectureEnv) -> ae.Switches:
     )
     table = mt.halting_table(t.D, halt.n or t.D, halt.p, halt.least)
     xi = t.accept_err if c.accept_err is None else c.accept_err
-    flags = (jnp.bool_(x) for x in (c.mask, halt.on, halt.terminal))
-    return ae.Switches(*flags, table, mt.moving_threshold(xi, rule))
+    mask, halting, ends = (jnp.bool_(x) for x in (c.mask, halt.on, halt.terminal))
+    return ae.Switches(mask, halting, ends, table, mt.moving_threshold(xi, rule))
 
 
 def online_task(c: Any, name: str) -> OnlineTask:
@@ -140,7 +140,7 @@ FIGURES = (
     Figure("Success of the last episodes", "bars", "success_rate", ylabel="%"),
     Figure("Gates at which they came within 1.6 mHa", "bars", "solved_at"),
     Figure("Gates of the shortest circuit within 1.6 mHa", "bars", "gates"),
-    *(Figure(f"{TASKS[t]}: success by round", "curve", f"{t}/success", xlabel="round") for t in TASKS),
+    *(Figure(f"{TASKS[t]}: success by round", "curve", f"{t}/success", xlabel="round") for t in H2),
     Figure(f"{TASKS[MAIN]}: threshold", "curve", f"{MAIN}/threshold", xlabel="round", ylabel="Ha"),
     Figure(f"{TASKS[MAIN]}: least error", "curve", f"{MAIN}/error", xlabel="round", ylabel="Ha", logy=True),
     Figure("Shortest circuit within 1.6 mHa (lowest energy if none)", "circuit", "circuit"),
