@@ -56,7 +56,9 @@ def test_rounds_end_with_their_episodes(crl):
     assert out["h2_2q/circuits"] == np.asarray(records.length).sum()
     drawn = out.pop("h2_2q/circuit")
     assert drawn.shape == (6, 6)
-    assert (drawn[:, 0] > 0).sum() == out["h2_2q/gates"]  # on two qubits chemical accuracy is reached
+    assert (drawn[:, 0] > 0).sum() == out[
+        "h2_2q/gates"
+    ]  # on two qubits chemical accuracy is reached
     assert set(out) <= {f"h2_2q/{k}" for k in crlqas.METRICS}
 
 
