@@ -350,6 +350,7 @@ def quantized(request, net, made, x):
     return tuple(out), x_q, x_fp
 
 
+@pytest.mark.slow  # of other nets test_sites has it in the fast part
 def test_packed_equals_fake(net, quantized, x):
     blocks, y, _ = quantized
     np.testing.assert_allclose(run_blocks(net, blocks, x), y, rtol=1e-3, atol=1e-3)
