@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
         **{f"reinforce_{e}": dict(search="reinforce", embedding=e) for e in EMBEDDINGS},
         **{f"bo_{e}": dict(search="bo", embedding=e, runs=1) for e in EMBEDDINGS},
     }  # fmt: skip
-    c.arms.bo_learnt.extra_tasks = ("maxcut", "h2")
+    c.arms["bo_learnt"]["extra_tasks"] = ("maxcut", "h2")
     if variant == "ablation":
         c.update(seeds=3, search="bo", embedding="learnt", runs=1)
         c.arms = {

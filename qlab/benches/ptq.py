@@ -214,6 +214,7 @@ def memory(s: dict[str, Any]) -> list[Number]:
 
     def temporaries(f: Callable[..., Any], *args: Any) -> float:
         made = jax.jit(f).lower(*args).compile().memory_analysis()
+        assert made is not None  # every backend that compiles this tells it
         return made.temp_size_in_bytes / 1e6
 
     found, bits, key = [], jnp.float32(4), jax.random.key(3)

@@ -63,10 +63,10 @@ def apply_pauli_sum(obs: PauliSum, psi: jax.Array) -> jax.Array:
     for group in strings(obs):
         source = k ^ jnp.uint32(group.x)
         # Real where no string has an odd number of Ys: half the memory.
-        real = not group.coeff.imag.any()
-        dtype = psi.real.dtype if real else psi.dtype
-        coeff = jnp.asarray(group.coeff.real if real else group.coeff, dtype)
-
+        real, imag = np.real(group.coeff), np.imag(group.coeff)
+        coeff = (
+            jnp.asarray(group.coeff, psi.dtype) if imag.any() else jnp.asarray(real, psi.real.dtype)
+        )
         odd = jax.lax.population_count(source & jnp.asarray(group.z)[:, None]) & 1
         phases = jnp.where(odd == 1, -coeff[:, None], coeff[:, None]).sum(0)  # fused, never J x 2^n
         out = out + phases * (psi if group.x == 0 else _flip(psi, group.x, n))
