@@ -19,7 +19,7 @@ from qlab.lab.svg import FG, MUTED, SERIES
 # The codes of qlab.quantum.circuit_spec.
 GATES = ("", "X", "Y", "Z", "H", "RX", "RY", "RZ", "CNOT", "CZ", "U3", "SWAP")
 ANGLES = {"RX": 1, "RY": 1, "RZ": 1, "U3": 3}
-MAX_CIRCUITS, MAX_COLUMNS = 4, 24
+MAX_CIRCUITS, MIN_COLUMNS, MAX_COLUMNS = 4, 8, 24
 BOX, ROW = 30, 34  # user units of a column and of a wire
 
 
@@ -48,9 +48,8 @@ def circuit_plot(title: str, circuits: Mapping[str, np.ndarray]) -> Plot:
         name: 1 + max((int(max(row[1:3])) for _, row in gates), default=0)
         for name, gates in placed.items()
     }
-    depth = min(
-        max((at + 1 for gates in placed.values() for at, _ in gates), default=1), MAX_COLUMNS
-    )
+    used = max((at + 1 for gates in placed.values() for at, _ in gates), default=1)
+    depth = min(max(used, MIN_COLUMNS), MAX_COLUMNS)
     heights = [ROW * (n + 1) for n in wires.values()]
 
     def draw_all(fig: Any) -> None:
