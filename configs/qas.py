@@ -68,9 +68,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "evo": dict(search="evo"),
         "predictor": dict(search="predictor", runs=1),
         **{f"reinforce_{e}": dict(search="reinforce", embedding=e) for e in EMBEDDINGS},
-        **{f"bo_{e}": dict(search="bo", embedding=e, runs=1) for e in EMBEDDINGS},
+        **{f"bo_{e}": dict(search="bo", embedding=e, runs=1) for e in EMBEDDINGS[:-1]},
+        "bo_learnt": dict(search="bo", embedding="learnt", runs=1, extra_tasks=("maxcut", "h2")),
     }  # fmt: skip
-    c.arms["bo_learnt"]["extra_tasks"] = ("maxcut", "h2")
     if variant == "ablation":
         c.update(seeds=3, search="bo", embedding="learnt", runs=1)
         c.arms = {
