@@ -12,7 +12,7 @@ from qlab.quantization.adaround import adaround
 from qlab.quantization.block_rounding import learned_weight
 from qlab.quantization.blocks import nearest_weight, site_by_site
 from qlab.quantization.bn_statistics import correct_inputs
-from qlab.quantization.pd_quant import WIDE, Fit, Parts, by_width, pd_quant, searched_act
+from qlab.quantization.pd_quant import WIDE, Fit, Parts, beside, by_width, pd_quant, searched_act
 from qlab.quantization.site_study import METRICS as SITE_METRICS
 from qlab.quantization.site_study import BlockMethod, Cell, site_study
 
@@ -87,9 +87,7 @@ def method(c, max_bits: int) -> BlockMethod:
     """The arm's way to quantize a block."""
     grid = {"calibration": c.weight_grid}
     if c.method == "blocks":
-        parts = Parts(
-            c.lamb_r if c.pd else None, c.dc, c.mix, c.quantized, c.difference, c.temperature, c.suffix
-        )  # fmt: skip
+        parts = Parts(c.lamb_r if c.pd else None, c.difference, c.temperature, c.suffix)
         fit = Fit(
             c.num_iters, c.batch_size, c.rate, c.step_rate, c.absolute_steps, c.reg_weight, c.warmup
         )
@@ -124,15 +122,16 @@ def build(c) -> Experiment:
     cells = [Cell(name, w, a) for name, (w, a) in zip(c.cells, widths, strict=True)]
     blocks = c.method == "blocks"
 
-    def corrected(key: jax.Array, name: str, x):
+    def around(key: jax.Array, name: str, x):
         del name  # there is one net
-        params = zoo.train(c.net, key)[1]
-        return correct_inputs(family.net, params, x, lamb_c=c.lamb_c, n=c.dc_steps, lr=c.dc_rate)
+        params, steps = zoo.train(c.net, key)[1], c.dc_steps if c.dc else 0
+        inputs = correct_inputs(family.net, params, x, lamb_c=c.lamb_c, n=steps, lr=c.dc_rate)
+        return beside(inputs, c.mix, c.quantized)
 
     study = site_study(
         family.folded, lambda key: {"plain": family.fold(zoo.train(c.net, key)[1])}, images.x_train,
         test, cells, method(c, max(cell.w_bits for cell in cells)),
-        around=blocks, beside=corrected if blocks and c.dc else None, wide=WIDE,
+        around=blocks, beside=around if blocks else None, wide=WIDE,
         num_calibration=c.num_calibration, vary=c.vary,
     )  # fmt: skip
 

@@ -220,16 +220,16 @@ def _(r: Log, x: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(x_hat) + (x - jax.lax.stop_gradient(x))  # x_hat exactly
 
 
-def qdrop(key: jax.Array, x_q: jax.Array, x: jax.Array, share: float) -> jax.Array:
+def qdrop(key: jax.Array, x_q: jax.Array, x: jax.Array, share: float | jax.Array) -> jax.Array:
     """Each element quantized with probability `share`, else float (QDrop, Wei et al., arXiv 2203.05740).
 
     Args:
-      x_q, x: of one shape. share: 1 and 0 draw nothing.
+      x_q, x: of one shape. share: 1 and 0 take all and nothing (as Python numbers without a draw).
 
     >>> x = jnp.ones(1000)
     >>> 400 < float(qdrop(jax.random.key(0), 0 * x, x, 0.5).sum()) < 600
     True
     """
-    if share in (0.0, 1.0):
+    if not isinstance(share, jax.Array) and share in (0.0, 1.0):
         return x_q if share else x
     return jnp.where(jax.random.uniform(key, x.shape) < share, x_q, x)

@@ -113,23 +113,39 @@ def by_width(narrow: WeightMethod, broad: WeightMethod, wide: Mapping[str, int] 
 
 
 class Parts(NamedTuple):
-    """Which of the paper's parts are on; the defaults are PD-Quant's.
+    """The prediction difference; the defaults are the paper's.
 
     Attributes:
-      lamb_r: divisor of L_PD; None: no prediction difference.
-      corrected: x' is the corrected input (`Around.beside`), else the float one.
-      mix: share of elements of the input that come from x_q, the rest from x'. quantized: share of an activation's
-        elements that are quantized in training. 1 and 1: BRECQ.
-      kind, temperature: of `pd_loss`. suffix: the rest of the net is "fp", or rounded to "nearest".
+      lamb_r: divisor of L_PD; None: no prediction difference. kind, temperature: of `pd_loss`.
+      suffix: the rest of the net is "fp", or rounded to "nearest".
     """
 
     lamb_r: float | None = 0.1
-    corrected: bool = True
-    mix: float = 0.5
-    quantized: float = 0.5
     kind: Difference = "kl"
     temperature: float = 4.0
     suffix: Literal["fp", "nearest"] = "fp"
+
+
+class Beside(NamedTuple):
+    """What the method needs of each block (`Around.beside`), as data, so that arms share their compiled programs.
+
+    Attributes:
+      x: x', the float block's input, corrected or not.
+      mix: f32[], share of the elements of the mixture that come from x_q, the rest from x'. quantized: f32[], share of
+        an activation's elements that are quantized in training. 1 and 1: BRECQ; 0.5 and 0.5: QDrop.
+    """
+
+    x: jax.Array
+    mix: jax.Array
+    quantized: jax.Array
+
+
+def beside(inputs: Sequence[jax.Array], mix: float = 0.5, quantized: float = 0.5):
+    """Per group the Beside of its n blocks; inputs: of `correct_inputs`, f32[n, N, ...] each."""
+    return tuple(
+        Beside(x, *(jnp.full(len(x), share, jnp.float32) for share in (mix, quantized)))
+        for x in inputs
+    )
 
 
 class Fit(NamedTuple):
@@ -176,11 +192,9 @@ def pd_quant(
             block, params, x_q, x_fp, w_bits, a_bits, key, act=act, weight=weight
         )
         unit = unit_of(block, q, w_bits, fit, rule, wide)
-        if parts.corrected and around.beside is None:
-            raise ValueError(
-                "corrected=True needs the corrected inputs: pass beside=correct_inputs(...)"
-            )
-        x = around.beside if parts.corrected else x_fp
+        if not isinstance(around.beside, Beside):
+            raise ValueError("no float inputs: pass beside=beside(correct_inputs(...))")
+        x, *shares = around.beside
         y, logits = block(params, x), around.suffix(around.params, block(params, x_fp))
         rest = _rest(around, parts.suffix, w_bits, a_bits, wide, max_bits, grid_options)
         optimizer = optax.multi_transform(
@@ -192,7 +206,7 @@ def pd_quant(
         )
         theta = init_theta(unit)
         theta, _, _ = reconstruct_steps(
-            block_loss(unit, parts, rest), theta, optimizer.init(theta), (x_q, x, y, logits), optimizer,
+            block_loss(unit, parts, rest, *shares), theta, optimizer.init(theta), (x_q, x, y, logits), optimizer,
             jax.random.fold_in(key, 10**6),  # beyond the keys of the sites
             0, num_steps=fit.num_iters, total=fit.num_iters, batch_size=min(fit.batch_size, len(y)),
         )  # fmt: skip
@@ -245,11 +259,11 @@ def hardened(u: Unit, theta) -> QuantizedBlock:
     return u.q._replace(weights=made, acts=stepped(u, theta["steps"]))
 
 
-def block_loss(u: Unit, parts: Parts, rest: Callable[[jax.Array], jax.Array]):
+def block_loss(u: Unit, parts: Parts, rest: Callable[[jax.Array], jax.Array], mix, quantized):
     """(theta, batch, key, t) -> f32[], L_rec + L_PD / lamb_r + L_round of a block; t: share of the steps done.
 
     Args:
-      rest: output of the block -> logits. batch: (x_q, x', y', logits of the float net), samples first.
+      rest: output of the block -> logits. mix, quantized: of `Beside`. batch: (x_q, x', y', logits of the float net), samples first.
     """
     order = list(u.q.acts)
 
@@ -262,9 +276,9 @@ def block_loss(u: Unit, parts: Parts, rest: Callable[[jax.Array], jax.Array]):
             if site not in acts:
                 return a
             k = jax.random.fold_in(k_act, order.index(site))
-            return qdrop(k, fake(acts[site], a), a, parts.quantized)
+            return qdrop(k, fake(acts[site], a), a, quantized)
 
-        mixed = qdrop(k_mix, x_q, x, parts.mix)
+        mixed = qdrop(k_mix, x_q, x, mix)
         inputs = mixed if parts.lamb_r is None else jnp.concatenate([mixed, x_q])
         out = u.block(u.q.params, inputs, soft_run(u.rule, theta["v"], u.w, u.grids, operand))
         total = squared_error(out[: len(y)], y)
@@ -327,12 +341,10 @@ def quantize_resnet(
 
     Args:
       family, params: of `qlab.nn.resnet`, with norms. x: f32[N, H, W, C]. w_bits, a_bits: 2 to 8.
-      lamb_c, num_correct: of the distribution correction. options: of `pd_quant`.
+      lamb_c, num_correct: of the distribution correction (0 steps: none). options: of `pd_quant`.
     """
-    beside = None
-    if parts.corrected:
-        beside = correct_inputs(family.net, params, x, lamb_c=lamb_c, n=num_correct)
+    inputs = correct_inputs(family.net, params, x, lamb_c=lamb_c, n=num_correct)
     return quantize_net(
         family.folded, family.fold(params), x, pd_quant(parts, fit, max_bits=w_bits, **options),
-        w_bits=w_bits, a_bits=a_bits, key=key, around=True, beside=beside,
+        w_bits=w_bits, a_bits=a_bits, key=key, around=True, beside=beside(inputs),
     )  # fmt: skip
