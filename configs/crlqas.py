@@ -1,7 +1,22 @@
-"""CRLQAS (Patel et al. 2024): double DQN builds VQE circuits gate by gate, with a curriculum of energy thresholds.
+"""CRLQAS (Patel et al. 2024, arXiv 2402.03500): double DQN builds VQE circuits gate by gate, with a curriculum of energy thresholds.
 
-Paper: arXiv 2402.03500 (ICLR 2024). Claim (abstract): shorter circuits of lower error than other architecture search,
-noiseless and noisy; no number is printed there. TODO docstring.
+Claim (abstract): circuits that are shorter and of lower error than those of other architecture searches, noiseless and
+noisy; no number is printed there. Checked on H2 with 2, 3 (also noisy) and 4 qubits: how often, and with how many gates, the
+last 200 of 800 episodes come within 1.6 mHa of the ground energy (without noise), against a random legal agent in the same
+environment: same curriculum, halting, optimiser of angles, episodes; and the shortest circuit found against every
+short one (exhaustive: all of 3 or 4 gates), a hardware-efficient ansatz (hea) and UCCSD. Ablations, 3 qubits: told_e0
+(errors from the true ground energy, xi fixed at 1.6 mHa: knows the answer), no_curriculum (no end at a success), no_mask,
+no_halting.
+
+As in the paper's code: state, actions, mask, reward, moving threshold, random halting (an end to the agent too), first
+thresholds, double DQN with 5-step targets, Huber loss, Adam 3e-4, eps 1 -> 0.05. Ours: angles by Rotosolve from where they
+are and from one random start (code: COBYLA or Adam-SPSA, see :optimisers); the new gate is optimised at once (its code is
+one gate late: lag_optimisation); a curriculum ten times as fast (G = 50, 2 successes a shift); 32 episodes side by side with 16
+updates a step; 3 x 128 units; a target copied every 100 updates (500); gamma 0.88 (the code's for D = 40) with D = 6 or 12.
+Steps of targets, learning rate and copies were chosen on other root seeds. A seed draws net, exploration, lengths,
+minibatches and random starts; exhaustive, hea and uccsd do not vary.
+About 9 min on two CPU cores, half a minute with :smoke.
+    python -m qlab.run --config configs/crlqas.py
 """
 
 from ml_collections import ConfigDict
@@ -13,6 +28,7 @@ VARIANTS = ("", "smoke", "optimisers", "full")
 CONVENTIONS = {
     "lag_optimisation": (True,),  # the paper's code: the new gate is optimised one step later
     "e_ref": ("exact",),  # errors measured from the true ground energy: leaks the answer
+    "rand_halt.terminal": (False,),  # an agent that looks beyond a random halt
     "optimiser.restarts": (0,),  # the warm start alone, as in the paper
     "optimiser.name": ("adam_spsa",),
     "delta": (1e-3,),
@@ -34,6 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
             h2_3q_noisy=dict(
                 problem="h2_3q", D=12, noise="depol:0.001:0.01", accept_err=1.63, exhaustive=4
             ),
+            h2_4q=dict(problem="h2_4q_r70", D=12, noise="none", accept_err=1.016, exhaustive=3),
         ),
         n_shots=0,  # of one energy; 0 = exact
         lag_optimisation=False,
@@ -63,21 +80,22 @@ def get_config(variant: str = "") -> ConfigDict:
         succ_radius_shift=10,
         succ_switch=float("inf"),
         mask=True,
-        rand_halt=dict(on=True, n=0, p=0.6, least=0),  # n = 0: D, as the paper's 40 of D = 40
+        # n = 0: D, as the code's 40 of D = 40. terminal: targets do not look beyond a random halt.
+        rand_halt=dict(on=True, n=0, p=0.6, least=0, terminal=True),
         # Learning.
-        episodes=600,
-        round_episodes=30,
+        episodes=800,
+        round_episodes=40,
         last_episodes=200,
         num_envs=32,
         updates_per_step=16,  # an update for every second gate
         batch=128,
         hidden=(128, 128, 128),
-        lr=1e-3,
+        lr=3e-4,
         gamma_final=0.88,
-        n_step=1,
+        n_step=5,
         eps_decay=0.998,
         eps_final=0.05,
-        target_every=500,
+        target_every=100,
         replay_size=8192,
         learning_starts=500,
         hea_layers=3,
@@ -88,12 +106,11 @@ def get_config(variant: str = "") -> ConfigDict:
         "hea": dict(method="hea"),
         "uccsd": dict(method="uccsd"),
         "random": dict(method="random"),
-        "told_e0": dict(e_ref="exact", accept_err=1.6e-3, curriculum=False),
+        "crlqas": {},
+        "told_e0": dict(e_ref="exact", accept_err=1.6e-3, curriculum=False, only=three),
         "no_curriculum": dict(accept_err=-1.0, curriculum=False, only=three),
         "no_mask": dict(mask=False, only=three),
         "no_halting": dict(rand_halt=dict(on=False), only=three),
-        "nstep5": dict(n_step=5, only=three),
-        "crlqas": {},
     }
     if variant == "smoke":
         c.tasks = dict(
@@ -102,10 +119,8 @@ def get_config(variant: str = "") -> ConfigDict:
         c.update(seeds=1, episodes=60, round_episodes=12, last_episodes=30, num_envs=12)
         c.update(hidden=(64, 64), batch=32, learning_starts=64, replay_size=1024, hea_layers=1)
         c.arms = {k: v for k, v in c.arms.items() if k in ("exhaustive", "random", "crlqas")}
-    if (
-        variant == "optimisers"
-    ):  # the same agent on other inner optimisers, 100 energies for each new gate
-        c.update(episodes=300, G=25, success_thresh=1, last_episodes=100)
+    if variant == "optimisers":  # the same agent on other inner optimisers, 100 energies a gate
+        c.update(episodes=300, round_episodes=20, G=25, success_thresh=1, last_episodes=100)
         c.tasks = dict(h2_3q=c.tasks["h2_3q"])
         c.arms = {
             "rotosolve": {},
@@ -125,11 +140,11 @@ def get_config(variant: str = "") -> ConfigDict:
         )
         c.update(seeds=3, episodes=15_000, round_episodes=500, last_episodes=2000, num_envs=64)
         c.update(G=500, success_thresh=25, hidden=(1000,) * 5, batch=1000, replay_size=20_000)
-        c.update(lr=3e-4, eps_decay=0.99995, updates_per_step=64, learning_starts=1000)
+        c.update(target_every=500, eps_decay=0.99995, updates_per_step=64, learning_starts=1000)
         c.optimiser.update(name="adam_spsa", max_evals=500)
         c.optimiser.spsa.update(a=1.8658, alpha=0.9451, c=0.046, gamma=0.1397)
         c.optimiser.spsa.update(lam=0.0138, beta1=0.9658, beta2=0.8594)
-        for arm in ("no_curriculum", "no_mask", "no_halting", "nstep5"):
+        for arm in ("told_e0", "no_curriculum", "no_mask", "no_halting"):
             c.arms[arm].only = ("lih_4q",)
     return c
 
@@ -140,6 +155,6 @@ def sweep():
     yield from grid({"mask": (True, False), "rand_halt.on": (True, False)})
     yield from grid({"n_step": (1, 5), "gamma_final": (0.88, 0.99)})
     yield from grid({"n_shots": (0, 10_000)})
-    yield from grid({"episodes": (600, 2000)})
+    yield from grid({"episodes": (800, 2000)})
     noise = ("none", "depol:0.001:0.01", "depol:0.01:0.1", "ibm_like", "ourense")
     yield from grid({"tasks.h2_3q_noisy.noise": noise})

@@ -14,10 +14,11 @@ Arms: rtn (nothing rewritten), smoothquant (S1, S2: inputs of in_proj and out_pr
 token), hadamard (offline R1, R5: the published code's baseline), quarot (R1, R2, R4, R5 Hadamard, h, C per token), klt
 (R1, R5 with K, S5, S7), klt_smooth (and S2, S4), full (and online R2, R4, h and C per token).
 
-Nothing is tuned: alpha = 0.5 and the clamps are the paper's. A seed draws the trained net (and its twin), the
+Nothing is tuned: alpha = 0.5 and the clamps are the paper's. All arms run one program: each has the online parts that
+any of them needs, the identity where it does not rewrite them. A seed draws the trained net (and its twin), the
 calibration images, and the signs of the Hadamard matrices.
 
-Variant :ablation takes one part out of full at a time; :copy is selective copying (a known answer), :text next
+Variant :ablation takes one part, or K, out of full at a time; :copy is selective copying (a known answer), :text next
 characters of tiny Shakespeare (needs the data set); :full a wider text net. The paper's own checkpoints (Vim on
 ImageNet, state-spaces Mamba) cannot be read here.
     python -m qlab.run --config configs/mambaquant.py
@@ -46,7 +47,7 @@ ROTATE = ("r1", "r2", "r4", "r5")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = base(experiment="mambaquant", seeds=3)
+    c = base(experiment="mambaquant", seeds=5)
     # nets and cells
     c.net = "digits_mamba"
     c.nets = ("plain", "twin")
@@ -84,14 +85,15 @@ def get_config(variant: str = "") -> ConfigDict:
         c.update(
             seeds=1, net="digits_mamba_small", cells=("w8a8",), nets=("twin",), num_calibration=32
         )
-        for arm in ("rtn", "smoothquant", "smooth", "quarot", "klt", "klt_smooth"):
-            del c.arms[arm]
+        for arm in ("rtn", "smoothquant", "smooth", "hadamard", "klt", "klt_smooth"):
+            del c.arms[arm]  # the two that are left share their program
     if variant == "ablation":
         full = dict(c.arms["full"])
         c.arms = {"full": full, "full_static": {**full, "state": "static"}}
         for name in (*ROTATE, *SMOOTH):
             key, names = ("rotations", ROTATE) if name[0] == "r" else ("smoothing", SMOOTH)
             c.arms[f"no_{name}"] = {**full, key: tuple(n for n in names if n != name)}
+        c.arms["no_k"] = {**full, "k_from": "none"}
         c.arms["vision"] = {**full, "smoothing": ("s2", "s3"), "mean": True}
         c.arms["r3_r6"] = {**full, "rotations": (*ROTATE, "r3", "r6")}
     if variant == "copy":
@@ -99,7 +101,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant in ("text", "full"):
         c.update(net="text_mamba", num_calibration=64, num_test=128)
     if variant == "full":
-        c.update(net="text_mamba_large", seeds=5, num_test=800)
+        c.update(net="text_mamba_large", num_test=800)
     return c
 
 

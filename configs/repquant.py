@@ -1,4 +1,25 @@
-"""RepQuant (Li et al. 2024, arXiv 2402.05628): a ViT at W4A4 by scale reparameterisation, against SmoothQuant + GPTQ."""
+"""RepQuant (Li et al. 2024, arXiv 2402.05628): a ViT at W4A4 by scale reparameterization, against SmoothQuant + GPTQ.
+
+A ViT on 8 x 8 digits (16 tokens, width 64, four pre-LN blocks) with every product quantized: the inputs and weights of
+patch embedding (its input in 8 bits), qkv, proj, fc1, fc2 and head, and q, k, softmax and v inside attention. Weights have an
+affine grid per output channel (range by squared error, 50 shares), softmax outputs half octaves, other
+activations one static affine grid per tensor from quantiles of 32 calibration images. Cells: W3A4, W4A8, W6A6, W4A4,
+and W4A4 on the outlier twin: the same function, LayerNorm channels rescaled by 2^U(-2.5, 2.5) and the next
+weights inversely. SmoothQuant at alpha = 0.5 and reparameterisation undo any such factors exactly, so the twin
+separates them from rtn and token only.
+
+Arms, the same walk over blocks: rtn (nothing rewritten, weights to nearest), smooth (SmoothQuant), smooth_gptq (and
+GPTQ), token (ranges per row at run time), token_gptq (and SmoothQuant, GPTQ), repq_vit (reparameterised from
+quantiles, weights to nearest), dual_clip (learned ends), repquant (and GPTQ). GPTQ has the float net as its target
+in all arms. Nothing is tuned: alpha is SmoothQuant's, the steps that learn the ends (500 of Adam at 0.01) were set
+beforehand. A seed draws the trained net and its twin and the calibration images; the method's key matters to
+AdaRound and to clip_batch > 0 only.
+
+Variant :ablation exchanges one part of RepQuant at a time; :full has more seeds and steps on the same net. The paper's
+ImageNet models cannot be read here.
+    python -m qlab.run --config configs/repquant.py
+    python -m qlab.run --config configs/repquant.py --arms smooth_gptq,repquant --config.split=val
+"""
 
 from ml_collections import ConfigDict
 
@@ -18,12 +39,11 @@ CONVENTIONS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = base(experiment="repquant", seeds=3)
+    c = base(experiment="repquant", seeds=5)
     # the net and the cells
     c.net = "digits_vit"
-    c.nets = ("plain", "twin")
     c.twin_strength = 2.5
-    c.bits = ((3, 4), (4, 8), (6, 6), (4, 4))  # (weights, activations)
+    c.cells = ("w3a4", "w4a8", "w6a6", "w4a4", "w4a4_twin")  # weights, activations, net
     c.anchor = "w4a4_twin"  # the cell whose variance is split
     c.vary = ("net", "calibration", "method")  # what a seed decides
     c.split = "test"  # "val" to tune
@@ -40,8 +60,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.alpha = 0.5  # SmoothQuant's
     c.round_zero = True
     c.clip = "dual"
-    c.clip_steps = 300
-    c.clip_learning_rate = 2e-2
+    c.clip_steps = 500
+    c.clip_learning_rate = 1e-2
     c.clip_batch = 0  # rows a step, 0: all
     # the weights
     c.reconstruction = "none"
@@ -60,12 +80,12 @@ def get_config(variant: str = "") -> ConfigDict:
         "repquant": {"rewrite": "reparam", "reconstruction": "gptq"},
     }
     if variant == "smoke":
-        c.update(seeds=1, net="digits_vit_small", bits=((4, 4),), clip_steps=50)
-        for arm in ("smooth", "token", "token_gptq", "repq_vit", "dual_clip"):
+        c.update(seeds=1, net="digits_vit_small", cells=("w4a4_twin",), clip_steps=50)
+        for arm in ("smooth", "smooth_gptq", "token", "token_gptq", "repq_vit", "dual_clip"):
             del c.arms[arm]
     if variant == "ablation":
         # RepQuant with one part exchanged at a time
-        c.bits = ((3, 4), (4, 4))
+        c.cells = ("w3a4", "w4a4", "w4a4_twin")
         whole = {"rewrite": "reparam", "reconstruction": "gptq"}
         c.arms = {
             "repquant": whole,

@@ -92,7 +92,7 @@ def method(c) -> methods.Method:
             learning_rate=c.pgd_learning_rate,
         )  # fmt: skip
         return decoupleq(
-            cfg, target=c.target, num_steps=c.block_steps, batch_size=c.batch_size,
+            cfg, target=c.target, num_steps=c.num_iters * c.block_step, batch_size=c.batch_size,
             optimizer=adam(c.block_learning_rate, c.block_weight_decay), train=c.block_train,
         )  # fmt: skip
     rule = {"adaround": adaround, "flexround": flexround}[c.method]()
@@ -105,9 +105,13 @@ def method(c) -> methods.Method:
 def build(c) -> Experiment:
     grid = {"symmetric": c.symmetric, "calibration": c.calibration, "group": c.group}
     if c.net == "layer":
-        shape = (c.layer_out, c.layer_in)
-        options = dict(shape=shape, num_samples=c.num_calibration, grid_options=grid)
-        return one_layer(method(c), c.bits, **options)  # pyright: ignore[reportArgumentType]
+        return one_layer(
+            method(c),
+            c.bits,
+            shape=(c.layer_out, c.layer_in),
+            num_samples=c.num_calibration,
+            grid_options=grid,
+        )
     r = zoo.recipe(c.net)
     model = zoo.model(r.kind, r.widths)
     images = data.load(r.dataset)
@@ -134,15 +138,13 @@ def build(c) -> Experiment:
     )
 
     def evaluate(state):
-        out = done.evaluate(state)
+        out = dict(done.evaluate(state))
         if c.unit == "layer":
             first = state.groups[0].error[:, 0, 0]
-            out |= {  # pyright: ignore[reportOperatorIssue]
-                f"{t.name}/first_layer": first[i] for i, t in enumerate(tasks(c)[: len(c.bits)])
-            }
-        last = state.groups[-1].carry
+            for i, t in enumerate(tasks(c)[: len(c.bits)]):
+                out[f"{t.name}/first_layer"] = first[i]
         if c.method == "decoupleq":
-            out |= history(last.history[0, -1])  # pyright: ignore[reportOperatorIssue]
+            out |= history(state.groups[-1].carry.history[0, -1])
         return out
 
     return done._replace(evaluate=evaluate)

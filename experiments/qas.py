@@ -1,7 +1,10 @@
 """Circuit search on embeddings that are learnt without labels, against other embeddings and other searches.
 
 An arm is a search over the seed's pool, on an embedding of it. Pool, scores, targets and the trained VAE come from the
-seed's key alone, so all arms share them and are computed once a process. One step of the phase searches one task.
+seed's key alone, so all arms share them and they are computed once a process. One step of the phase searches one task.
+Measured: learnt embeddings beat random search and the paper's kinds of control many times over, but not the mean of
+the node rows, plain counts of gates and qubits; and on 5000 circuits the VAE does not give graphs back as well as the
+paper's larger pool lets one expect, so those two claims fail.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ METRICS = {
     "uniqueness": Metric("", "higher", "of the valid ones"),
 }  # fmt: skip
 _CONTROLS = ("untrained", "raw", "pca")
+_EMBEDDINGS = ("learnt", *_CONTROLS, "counts")
 _TASKS = ("fidelity", "tfim")  # the ones whose base rate leaves room
 
 
@@ -54,6 +58,9 @@ CLAIMS = (
             "abstract") for t in _TASKS for s, name in (("bo", "BO"), ("reinforce", "REINFORCE"))),
     *(_hits(f"{s}_learnt", t, (tuple(f"{s}_{e}" for e in _CONTROLS), f"{t}/hits"),
             f"{name}: learnt embeddings beat untrained, raw and PCA ones", "abstract, checked form")
+      for t in _TASKS for s, name in (("bo", "BO"), ("reinforce", "REINFORCE"))),
+    *(_hits(f"{s}_learnt", t, (f"{s}_counts", f"{t}/hits"),
+            f"{name}: learnt embeddings beat plain counts of gates and qubits", "ours")
       for t in _TASKS for s, name in (("bo", "BO"), ("reinforce", "REINFORCE"))),
     *(_hits("bo_learnt", t, (("evo", "predictor"), f"{t}/hits"),
             "Predictor-free BO finds more than evolution and than a supervised graph predictor",
@@ -73,16 +80,15 @@ CLAIMS = (
     *(_hits("bo_learnt", t, ("random", f"{t}/hits"), "BO beats random search where a third or a fifth is good", "ours",
             "saturated: lift cannot exceed the ceiling") for t in ("maxcut", "h2")),
 )  # fmt: skip
-_BO = tuple(f"bo_{e}" for e in ("learnt", *_CONTROLS))
-_RL = tuple(f"reinforce_{e}" for e in ("learnt", *_CONTROLS))
+_BO = tuple(f"bo_{e}" for e in _EMBEDDINGS)
 FIGURES = (
     Figure("Hits over what random search expects", "bars", "lift", logy=True),
     *(Figure(f"Good circuits found, {t}", "line", f"{t}_hits_curve", "queries", "queries", "hits") for t in _TASKS),
     *(Figure(f"Regret, {t}", "line", f"{t}_regret_curve", "queries", "queries", "best of the pool - best found",
-             logy=True, arms=("random", "evo", "predictor", "bo_learnt", "bo_untrained", "reinforce_learnt"))
+             logy=True, arms=("random", "evo", "predictor", "bo_learnt", "bo_counts", "reinforce_learnt"))
       for t in _TASKS),
-    Figure("Score of the neighbours of the best circuits, minus the pool's mean", "bars", "neighbour_gain", arms=_BO),
-    Figure("Correlation of latent distance and score difference", "bars", "corr", arms=_BO),
+    Figure("Score of the neighbours of the best circuits, minus the pool's mean", "bars", "neighbour_gain", arms=_BO, tasks=_TASKS),
+    Figure("Correlation of latent distance and score difference", "bars", "corr", arms=_BO, tasks=_TASKS),
     Figure("Loss of the graph VAE", "line", "vae_loss", "epoch", "epoch", "loss", arms=("bo_learnt",)),
 )  # fmt: skip
 
@@ -101,7 +107,8 @@ def specs(c: Any) -> tuple[study.StudySpec, study.SearchSpec]:
     pool = qp.PoolSpec(c.n_qubits, tuple(c.n_gates), tuple(c.depth), c.pool, gates)
     vae = qv.VaeSpec(c.latent_dim, c.hidden, c.hops, c.dropout, c.kl_weight, c.repo_loss,
                      c.pool_nodes, c.vae.learning_rate, c.vae.batch, c.vae.epochs, c.vae.clip)  # fmt: skip
-    data = study.StudySpec(qp.check_pool(pool), qv.check_vae(vae), tuple(c.tasks), c.num_targets,
+    tasks = (*c.tasks, *c.extra_tasks)
+    data = study.StudySpec(qp.check_pool(pool), qv.check_vae(vae), tasks, c.num_targets,
                            c.inner.steps, c.inner.vqe_steps, c.inner.step_size, c.mask,
                            c.terminals, c.vae.val_share)  # fmt: skip
     q = c.queries
@@ -123,6 +130,7 @@ def build(c: Any) -> Experiment:
     names = study.task_names(data)
 
     def init(key):
+        study.prepare(key, data, search)
         order = jnp.zeros((len(names), search.runs, c.queries), jnp.int32)
         return State(key, order, jnp.int32(0))
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import jax
 
 from qlab import data
+from qlab.lab.errors import UserError
 from qlab.lab.experiment import Claim, Experiment, Figure, Metric
 from qlab.nn import zoo
 from qlab.nn.outliers import norm_twin
 from qlab.nn.vit import LINKS
-from qlab.quantization import site_study
 from qlab.quantization.norm_links import Fit, smooth
 from qlab.quantization.repquant import reparam, repquant, site_acts, weight_error
+from qlab.quantization.site_study import METRICS as SITE_METRICS
+from qlab.quantization.site_study import Cell, site_study
 
 __all__ = ["CLAIMS", "FIGURES", "METRICS", "build"]
 PAPER = "Li et al. 2024"
 STRONG = ("smooth_gptq", "token_gptq")
-TWIN = "the twin is made of what smoothing and reparameterisation both undo"
+SAME = "the same on the twin up to rounding: both methods undo it, whatever its factors"
 
-METRICS = site_study.METRICS | {
+METRICS = SITE_METRICS | {
     "weight_error": Metric("", "lower", "relative squared error of rewritten post-LN weights"),
     "weight_error_before": Metric("", "none", "the same of the float net's weights as they are"),
 }
@@ -33,38 +36,34 @@ CLAIMS = (
         ">=",
         ("rtn", "w4a4_twin/accuracy"),
         margin=10.0,
-        note=TWIN,
+        note="the twin is made of what smoothing and reparameterisation undo: see arm smooth",
     ),
-    Claim(
-        "It is no worse than SmoothQuant with the same weight rounding (w4a4_twin)",
-        f"{PAPER}, related work",
-        ("repq_vit", "w4a4_twin/accuracy"),
-        ">=",
-        ("smooth", "w4a4_twin/accuracy"),
-        note=TWIN,
+    *(
+        Claim(f"It is no worse than {what} (w4a4)", f"{PAPER}, {where}",
+              ("repq_vit", "w4a4/accuracy"), ">=", (arm, "w4a4/accuracy"), note=note)
+        for arm, what, where, note in (
+            ("rtn", "layer-wise grids", "abstract", "a net without outlier channels"),
+            ("smooth", "SmoothQuant with the same weight rounding", "related work", SAME),
+        )
     ),
     *(
         Claim(f"RepQuant is no worse than RepQ-ViT ({cell})", f"{PAPER}, abstract",
-              ("repquant", f"{cell}/accuracy"), ">=", ("repq_vit", f"{cell}/accuracy"))
-        for cell in ("w4a4", "w4a4_twin", "w3a4_twin")
+              ("repquant", f"{cell}/accuracy"), ">=", ("repq_vit", f"{cell}/accuracy"), note=SAME)
+        for cell in ("w4a4", "w3a4")
     ),
     *(
-        Claim(
-            f"RepQuant is no worse than smoothing or per-token grids with GPTQ ({cell})",
-            f"{PAPER}, abstract",
-            ("repquant", f"{cell}/accuracy"),
-            ">=",
-            (STRONG, f"{cell}/accuracy"),
-            note="GPTQ, its target and its damping are the same in all three",
-        )
-        for cell in ("w4a4", "w4a4_twin")
+        Claim(f"RepQuant is no worse than smoothing or per-token grids with GPTQ ({cell})",
+              f"{PAPER}, abstract",
+              ("repquant", f"{cell}/accuracy"), ">=", (STRONG, f"{cell}/accuracy"),
+              note="GPTQ, its target and its damping are the same in all three")
+        for cell in ("w4a4", "w3a4")
     ),
     Claim(
-        "Learned clipping brings the net no farther from the float one (w4a4_twin)",
+        "Learned clipping brings the net no farther from the float one (w4a4)",
         f"{PAPER}, abstract (per-channel dual clipping)",
-        ("dual_clip", "w4a4_twin/kl"),
+        ("dual_clip", "w4a4/kl"),
         "<=",
-        ("repq_vit", "w4a4_twin/kl"),
+        ("repq_vit", "w4a4/kl"),
         margin=1.0,
         kind="ratio",
         note="KL resolves what 357 test images do not",
@@ -78,20 +77,23 @@ FIGURES = (
 )
 
 
-def cells(c) -> list[site_study.Cell]:
-    """The table; the anchor comes twice more, with a fresh method key and with a fresh draw too."""
-    made = [
-        site_study.Cell(f"w{w}a{a}" + ("_twin" if net == "twin" else ""), w, a, net)
-        for net in c.nets
-        for w, a in c.bits
-    ]
+def cells(c) -> list[Cell]:
+    """The table of names such as "w4a4_twin"; the anchor once more, with a fresh draw and method key."""
+    made = []
+    for name in c.cells:
+        found = re.fullmatch("w([2-8])a([2-8])(_twin)?", name)
+        if not found:
+            raise UserError(f'cells: {name!r}; names such as "w4a4" or "w4a4_twin" are expected')
+        w, a, twin = found.groups()
+        made.append(Cell(name, int(w), int(a), "twin" if twin else "plain"))
     home = next((cell for cell in made if cell.name == c.anchor), None)
-    repeats = [] if home is None else [home._replace(run=1), home._replace(draw=1, run=1)]
-    return repeats + made
+    return made if home is None else [home._replace(draw=1, run=1), *made]
 
 
 def rewrite(c) -> Fit | None:
     """How the arm changes the LayerNorms."""
+    if c.rewrite not in ("none", "smooth", "reparam"):
+        raise UserError(f'rewrite={c.rewrite!r}; use "none", "smooth" or "reparam"')
     if c.rewrite == "smooth":
         return smooth(c.alpha)
     if c.rewrite == "reparam":
@@ -124,15 +126,10 @@ def build(c) -> Experiment:
         reconstruction=c.reconstruction, target=c.target, damp=c.damp, num_iters=c.num_iters,
         learning_rate=c.learning_rate, max_bits=max(cell.w_bits for cell in table), **grid,
     )  # fmt: skip
-    study = site_study.site_study(
-        net,
-        nets,
-        images.x_train,
-        (images.x_val, images.y_val) if c.split == "val" else (images.x_test, images.y_test),
-        table,
-        method,
-        num_calibration=c.num_calibration,
-        vary=c.vary,
+    test = (images.x_val, images.y_val) if c.split == "val" else (images.x_test, images.y_test)
+    study = site_study(
+        net, nets, images.x_train, test, table, method,
+        num_calibration=c.num_calibration, vary=c.vary,
     )  # fmt: skip
     last = table[-1]
 
@@ -144,7 +141,7 @@ def build(c) -> Experiment:
         after, before = (
             jax.lax.map(error, p).mean() for p in (state.quantized[1].params, state.params[1])
         )
-        names = (f"{last.name}/weight_error", f"{last.name}/weight_error_before")
-        return study.evaluate(state) | dict(zip(names, (after, before), strict=True))  # pyright: ignore[reportOperatorIssue]
+        name = f"{last.name}/weight_error"
+        return {**study.evaluate(state), name: after, f"{name}_before": before}
 
     return study._replace(evaluate=evaluate)

@@ -51,16 +51,14 @@ class Impl(NamedTuple):
     run: Callable[..., Any]
 
 
-def here() -> tuple[str, str]:
-    """(platform, device kind) of the default device; a CPU's kind names its bf16 unit."""
+def here(platform: str | None = None, device: str | None = None) -> tuple[str, str]:
+    """(platform, device kind): those given, or of the default device; a CPU's kind names its bf16 unit."""
+    if platform is not None:
+        return platform, device or platform
     chosen = jax.config.jax_default_device
     device = chosen if isinstance(chosen, jax.Device) else jax.devices()[0]
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
     return platform, cpu.kind() if platform == "cpu" else device.device_kind
-
-
-def make_spec(op: str, dims: dict, dtypes: dict, options: dict, interpret: bool = False) -> Spec:
-    return Spec(op, dims, dtypes, options, *here(), interpret)
 
 
 class Choice(NamedTuple):

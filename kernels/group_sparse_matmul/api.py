@@ -53,7 +53,7 @@ def spec_of(
     interpret: bool = False,
 ) -> dispatch.Spec:
     """The Spec of a call, also for a device that is not at hand. chunk: that of a given plan, 0 without."""
-    here = dispatch.here() if platform is None else (platform, device or platform)
+    here = dispatch.here(platform, device)
     options = {"bits": bits, "group": group, "zero": zero, "bias": bias, "chunk": chunk}
     dims = {"m": m, "k": k, "n": n, "nnz": nnz}
     return dispatch.Spec(OP, dims, {"x": x_dtype}, options, *here, interpret)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qlab.kernels.common import layout
+import jax.numpy as jnp
 
-X_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+from qlab.kernels.common import layout
 
 
 def flops(m: int, nnz: int, group: int) -> float:
@@ -31,4 +31,4 @@ def num_bytes(
     9469956.0
     """
     weights = nnz * (layout.row_bytes(group, bits) + per_group) + 4 * (n + 1)
-    return float(weights + X_BYTES[x] * (m * k + m * n))
+    return float(weights + jnp.dtype(x).itemsize * (m * k + m * n))

@@ -28,7 +28,7 @@ def spec_of(
     interpret: bool = False,
 ) -> dispatch.Spec:
     """The Spec of a call, also for a device that is not at hand. bits 0: the plain transform."""
-    here = dispatch.here() if platform is None else (platform, device or platform)
+    here = dispatch.here(platform, device)
     options = {"bits": bits, "block": block or k, "inverse": inverse}
     return dispatch.Spec(OP, {"n": n, "k": k}, {"x": x_dtype}, options, *here, interpret)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
 from qlab.kernels.common import layout
 from qlab.kernels.hadamard_quantize import matrices
-
-X_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def flops(n: int, k: int, *, block: int = 0) -> float:
@@ -20,5 +20,5 @@ def flops(n: int, k: int, *, block: int = 0) -> float:
 
 def num_bytes(n: int, k: int, *, bits: int = 8, x: str = "bfloat16") -> float:
     """Bytes that must move once: x in, codes and f32 scales out (bits 0: the plain transform, like x)."""
-    out = layout.row_bytes(k, bits) + 4 if bits else k * X_BYTES[x]
-    return float(n * (k * X_BYTES[x] + out))
+    out = layout.row_bytes(k, bits) + 4 if bits else k * jnp.dtype(x).itemsize
+    return float(n * (k * jnp.dtype(x).itemsize + out))

@@ -35,7 +35,7 @@ def spec_of(
       x_dtype: "int8" for the static entry, a float for the dynamic one.
       zeros: which operands have zero points: "", "x", "w" or "xw".
     """
-    here = dispatch.here() if platform is None else (platform, device or platform)
+    here = dispatch.here(platform, device)
     dynamic = x_dtype != "int8"
     options = {
         "dynamic": dynamic, "zeros": zeros, "activation": activation, "bias": bias, "out": out,

@@ -40,7 +40,7 @@ def spec_of(
     d > 0: the product with values [C, d] of `dtype` (fraction: its bits below the point); else the
     quantizer of logits of `dtype`.
     """
-    here = dispatch.here() if platform is None else (platform, device or platform)
+    here = dispatch.here(platform, device)
     dims = {"b": b, "r": r, "c": c}
     options = {"bits": bits, "base": base, "zero_code": zero_code}
     if d:

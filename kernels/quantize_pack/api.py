@@ -40,7 +40,7 @@ def spec_of(
     interpret: bool = False,
 ) -> dispatch.Spec:
     """The Spec of a call, also for a device that is not at hand. zero: there are (given) zero points."""
-    here = dispatch.here() if platform is None else (platform, device or platform)
+    here = dispatch.here(platform, device)
     options = {
         "bits": bits, "group": group, "calibration": calibration, "rounding": rounding,
         "levels": levels, "zero": zero or calibration == "minmax",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
 from qlab.kernels.common import layout
 
-X_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Threefry-2x32-20: 20 rounds of add, two shifts, or, xor, and 5 key additions of 2 or 3 words.
 OPS_STOCHASTIC = 20 * 5 + 5 * 3
 
@@ -18,7 +19,7 @@ def num_bytes(
     42467328.0
     """
     side = 4 * (1 + zero) * layout.num_groups(k, group)
-    return float(n * (k * X_BYTES[x] + layout.row_bytes(k, bits, group) + side))
+    return float(n * (k * jnp.dtype(x).itemsize + layout.row_bytes(k, bits, group) + side))
 
 
 def int_ops(n: int, k: int, *, rounding: str = "half_even") -> float:

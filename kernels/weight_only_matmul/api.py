@@ -29,7 +29,7 @@ def spec_of(
     interpret: bool = False,
 ) -> dispatch.Spec:
     """The Spec of a call, also for a device that is not at hand. kind: symmetric, zero, offset or both."""
-    here = dispatch.here() if platform is None else (platform, device or platform)
+    here = dispatch.here(platform, device)
     options = {"bits": bits, "group": group, "kind": kind, "activation": activation, "bias": bias}
     dims = {"m": m, "k": k, "n": n}
     return dispatch.Spec(OP, dims, {"x": x_dtype}, options, *here, interpret)

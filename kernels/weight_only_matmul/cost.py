@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qlab.kernels.common import layout
+import jax.numpy as jnp
 
-X_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+from qlab.kernels.common import layout
 
 
 def flops(m: int, k: int, n: int) -> float:
@@ -21,4 +21,4 @@ def num_bytes(
     35684352.0
     """
     weights = n * layout.row_bytes(k, bits, group) + per_group * n * layout.num_groups(k, group)
-    return float(weights + X_BYTES[x] * (m * k + m * n))
+    return float(weights + jnp.dtype(x).itemsize * (m * k + m * n))

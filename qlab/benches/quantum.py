@@ -1,6 +1,6 @@
-"""The gradient of a noisy VQE on 3 to 6 qubits: Pauli-transfer matrices against other simulators.
+"""Gradients of a noisy VQE on 3 to 6 qubits and of a noiseless ansatz on 8 to 16, against other simulators.
 
-One circuit for all: the RY-RZ ansatz with two entangling blocks, depolarizing noise after every gate,
+Noiseless (tasks s8, s12, s16): see qlab.benches.quantum_states. Noisy (n3 ... n6), one circuit for all: the RY-RZ ansatz with two entangling blocks, depolarizing noise after every gate,
 the Ising ring as observable, value and gradient in double precision. Contestants:
     ptm            qlab.quantum.noisy_expval, its fast path
     default.mixed  PennyLane with JAX backpropagation, rotations as QubitUnitary (the form that
@@ -8,7 +8,7 @@ the Ising ring as observable, value and gradient in double precision. Contestant
     density        a density matrix by hand in plain JAX, rotations fused with their noise: the yardstick
                    (no bound: Pauli-transfer matrices move half the bytes)
     aer            Qiskit Aer's density-matrix method with the parameter-shift rule, where installed
-All must agree with ptm in value and gradient; one that does not is reported as failed.
+All must agree with the first contestant in value and gradient; one that does not is reported as failed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlab.benches import quantum_states
 from qlab.benches.measure import Number, Tell, find, interleave, ratio, seconds_per_call
 from qlab.lab.experiment import Claim, Figure, Metric
 from qlab.quantum import ansatz, hamiltonians, noise, pauli
@@ -35,9 +36,41 @@ METRICS = {
     ),
     "to_density": Metric("times", "lower", "call_ms over that of the density matrix by hand"),
     "to_ptm": Metric("times", "lower", "call_ms over that of ptm"),
-    "max_error": Metric("", "none", "largest difference from ptm in value and gradient"),
+    "to_raw": Metric("times", "lower", "call_ms over that of a state vector by hand"),
+    "to_qlab": Metric("times", "lower", "call_ms over qlab's"),
+    "max_error": Metric("", "none", "largest difference from the first in value and gradient"),
 }
-GOALS: tuple[Claim, ...] = ()
+
+
+def goals(s: dict[str, Any]) -> tuple[Claim, ...]:
+    """Of the sizes that are measured."""
+    peers = [arm for arm in quantum_states.CONTESTANTS if arm not in ("qlab", "raw")]
+
+    def goal(text: str, arm: Any, name: str, relation: Any, target: float) -> Claim:
+        return Claim(text, "goal", (arm, name), relation, target)
+
+    found = []
+    for n in s["states"]:
+        found += [
+            goal(f"{n} qubits: first call within 3 s", "qlab", f"s{n}/first_call_s", "<=", 3.0),
+            goal(f"{n} qubits: 1.1 times the time by hand", "qlab", f"s{n}/to_raw", "<=", 1.1),
+            *(goal(f"{n} qubits: faster than {p}", p, f"s{n}/to_qlab", ">=", 1.0) for p in peers),
+        ]
+    for n in (4, 6):
+        if n in s["qubits"]:
+            found += [
+                goal(
+                    f"noisy, {n} qubits: 10 times default.mixed",
+                    "default.mixed",
+                    f"n{n}/to_ptm",
+                    ">=",
+                    10.0,
+                ),
+                goal(f"noisy, {n} qubits: 200 times Aer", "aer", f"n{n}/to_ptm", ">=", 200.0),
+            ]
+    return tuple(found)
+
+
 FIGURES = (
     Figure("Value and gradient", "bars", "call_ms", ylabel="ms", logy=True),
     Figure("First call", "bars", "first_call_s", ylabel="s", logy=True),
@@ -50,6 +83,7 @@ def settings(quick: bool) -> dict[str, Any]:
     return {
         "x64": True,
         "qubits": (3,) if quick else (3, 4, 5, 6),
+        "states": (8,) if quick else (8, 12, 16),
         "blocks": 2,
         "lam": 0.02,
         "repetitions": 7 if quick else 21,
@@ -183,7 +217,7 @@ CONTESTANTS: dict[str, Callable[[int, int, float], Gradient]] = {
     "density": density,
     "aer": aer,
 }
-NEEDS = {"aer": "qiskit_aer"}
+NEEDS = {"aer": "qiskit_aer", **quantum_states.NEEDS}
 
 
 def why_not(arm: str) -> str:
@@ -196,24 +230,57 @@ def why_not(arm: str) -> str:
 
 def measure(s: dict[str, Any], tell: Tell) -> list[Number]:
     tell("quantum: 2 qubits first, uncounted: what each does once in a process")
-    one_size(2, s | {"repetitions": 1})
+    noisy(2, s | {"repetitions": 1})
     numbers: list[Number] = []
     for n in s["qubits"]:
-        tell(f"quantum: {n} qubits")
-        numbers += [x._replace(name=f"n{n}/{x.name}") for x in one_size(n, s)]
+        tell(f"quantum: {n} qubits with noise")
+        numbers += [x._replace(name=f"n{n}/{x.name}") for x in noisy(n, s)]
+    if s["states"]:
+        pure(2, s | {"repetitions": 1})
+    for n in s["states"]:
+        tell(f"quantum: {n} qubits without noise")
+        numbers += [x._replace(name=f"s{n}/{x.name}") for x in pure(n, s)]
     return numbers
 
 
-def one_size(n: int, s: dict[str, Any]) -> list[Number]:
+def noisy(n: int, s: dict[str, Any]) -> list[Number]:
     theta = jnp.asarray(np.random.default_rng(n).uniform(-np.pi, np.pi, (s["blocks"] + 1, 2, n)))
+    makers = {arm: lambda m=m: m(n, s["blocks"], s["lam"]) for arm, m in CONTESTANTS.items()}
+    numbers = contest(makers, theta, s)
+    numbers.append(ratio(numbers, "ptm", "density", "call_ms", "to_density"))
+    return numbers + [
+        ratio(numbers, arm, "ptm", "call_ms", "to_ptm") for arm in CONTESTANTS if arm != "ptm"
+    ]
+
+
+def pure(n: int, s: dict[str, Any]) -> list[Number]:
+    shape = (quantum_states.LAYERS + 1, 2, n)
+    theta = jnp.asarray(np.random.default_rng(n).uniform(-np.pi, np.pi, shape))
+    makers = {arm: lambda m=m: m(n) for arm, m in quantum_states.CONTESTANTS.items()}
+    numbers = contest(makers, theta, s)
+    numbers.append(ratio(numbers, "qlab", "raw", "call_ms", "to_raw"))
+    return numbers + [
+        ratio(numbers, arm, "qlab", "call_ms", "to_qlab") for arm in makers if arm != "qlab"
+    ]
+
+
+def contest(
+    makers: Mapping[str, Callable[[], Gradient]], theta: jax.Array, s: dict[str, Any]
+) -> list[Number]:
+    """First calls one after another, then all that agree with the first of them in turn."""
     numbers, ready, truth = [], {}, None
-    for arm, make in CONTESTANTS.items():
+    for arm, make in makers.items():
         if why := why_not(arm):
             numbers.append(Number(arm, "call_ms", status="absent", note=why))
             continue
-        importlib.import_module({"default.mixed": "pennylane", **NEEDS}.get(arm, "jax"))
+        package = {
+            "default.mixed": "pennylane",
+            "default.qubit": "pennylane",
+            "lightning": "pennylane",
+        }
+        importlib.import_module({**package, **NEEDS}.get(arm, "jax"))
         start = time.perf_counter()
-        f = make(n, s["blocks"], s["lam"])
+        f = make()
         value, grad = jax.block_until_ready(f(theta))
         numbers.append(Number(arm, "first_call_s", (time.perf_counter() - start,)))
         got = np.append(np.asarray(grad).ravel(), float(value))
@@ -221,27 +288,32 @@ def one_size(n: int, s: dict[str, Any]) -> list[Number]:
         error = float(np.abs(got - truth).max())
         numbers.append(Number(arm, "max_error", (error,)))
         if not error <= TOLERANCE:
-            note = f"differs from ptm by {error:.2g}"
+            note = f"differs from {next(iter(makers))} by {error:.2g}"
             numbers.append(Number(arm, "call_ms", status="failed", note=note))
             continue
         ready[arm] = lambda f=f: {"call_ms": 1e3 * seconds_per_call(f, theta)}
-    numbers += interleave(ready, s["repetitions"], s["budget_s"])
-    numbers.append(ratio(numbers, "ptm", "density", "call_ms", "to_density"))
-    others = [arm for arm in CONTESTANTS if arm != "ptm"]
-    return numbers + [ratio(numbers, arm, "ptm", "call_ms", "to_ptm") for arm in others]
+    return numbers + interleave(ready, s["repetitions"], s["budget_s"])
 
 
 def summary(numbers: list[Number]) -> str:
-    task = sorted({n.name.split("/")[0] for n in numbers if n.name.endswith("/call_ms")})[-1]
+    """The largest size of each kind."""
     texts = []
-    for arm in CONTESTANTS:
-        call, first = (
-            find(numbers, arm, f"{task}/call_ms"),
-            find(numbers, arm, f"{task}/first_call_s"),
-        )
-        texts.append(
-            f"{arm} {call.median:.3g} ms (first call {first.median:.2g} s)"
-            if call.status == "ok"
-            else f"{arm} {call.status}: {call.note}"
-        )
-    return f"{task[1:]} qubits: {', '.join(texts)}"
+    for kind, arms in (("n", CONTESTANTS), ("s", quantum_states.CONTESTANTS)):
+        sizes = {
+            int(n.name.split("/")[0][1:])
+            for n in numbers
+            if n.name.startswith(kind) and n.name.endswith("/call_ms")
+        }
+        if not sizes:
+            continue
+        task, parts = f"{kind}{max(sizes)}", []
+        for arm in arms:
+            call = find(numbers, arm, f"{task}/call_ms")
+            first = find(numbers, arm, f"{task}/first_call_s")
+            parts.append(
+                f"{arm} {call.median:.3g} ms (first call {first.median:.2g} s)"
+                if call.status == "ok"
+                else f"{arm} {call.status}: {call.note}"
+            )
+        texts.append(f"{task[1:]} qubits{' with noise' * (kind == 'n')}: {', '.join(parts)}")
+    return "; ".join(texts)

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qlab.lab.errors import UserError
@@ -63,11 +64,14 @@ def session(device: str = "auto", x64: bool = False) -> Iterator[str]:
         raise UserError(
             f"device {device!r} is not there, JAX already runs on {devices[0].platform}; start a new process"
         )
-    old_x64 = jax.config.values["jax_enable_x64"]
-    jax.config.update("jax_enable_x64", x64)
+    # A caller's jax.enable_x64(...) holds for its thread alone: what all threads see is read in another one.
+    with ThreadPoolExecutor(1) as other:
+        old_x64 = other.submit(lambda: jax.config.values["jax_enable_x64"]).result()
+    jax.config.update("jax_enable_x64", x64)  # for threads of callbacks too
     _compilation_cache()
     try:
-        yield f"{devices[0].device_kind}" + (f" x {len(devices)}" if len(devices) > 1 else "")
+        with jax.enable_x64(x64):
+            yield f"{devices[0].device_kind}" + (f" x {len(devices)}" if len(devices) > 1 else "")
     finally:
         jax.config.update("jax_enable_x64", old_x64)
 

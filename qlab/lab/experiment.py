@@ -146,11 +146,12 @@ class Figure(NamedTuple):
     kind "bars":  the result metric `y` over tasks, a bar an arm, 95 % interval whiskers.
     kind "line":  the named array `y` against the named array `x` from evaluate, a line an arm.
     kind "heatmap": the named 2-D array `y`, one panel an arm (mean over seeds).
+    kind "circuit": the named array `y` f[G, 6] of the first seed, see qlab.lab.circuit_plot.
     `arms` restricts to some arms, `tasks` to some tasks (empty: all).
     """
 
     title: str
-    kind: Literal["curve", "bars", "line", "heatmap"]
+    kind: Literal["curve", "bars", "line", "heatmap", "circuit"]
     y: str
     x: str = ""
     xlabel: str = ""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qlab.lab import plots, stats
+from qlab.lab.circuit_plot import circuit_plot
 from qlab.lab.experiment import Figure
 from qlab.lab.plots import Line, Plot
 
@@ -50,6 +51,11 @@ def figure_plots(
     drawn: list[Plot] = []
     for task, name in list(found.items())[:MAX_TASKS]:
         title = figure.title + (f", {task}" if len(found) > 1 else "")
+        if figure.kind == "circuit":
+            circuits = {a: arrays[a][name][0] for a in names if name in arrays.get(a, {})}
+            if circuits := {a: c for a, c in circuits.items() if c.ndim == 2 and c.shape[1] == 6}:
+                drawn.append(circuit_plot(title, circuits))
+            continue
         if figure.kind == "heatmap":
             panels = {a: _mean2d(arrays[a][name]) for a in names if name in arrays.get(a, {})}
             panels = {a: p for a, p in panels.items() if p is not None}

@@ -121,7 +121,10 @@ def causal_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Depthwise: y_t = sum_k kernel[:, k] x_(t - K + 1 + k), zeros before the start; x f32[N, T, e], kernel [e, K]."""
     taps = kernel.shape[1]
     padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
-    return sum(padded[:, k : k + x.shape[1]] * kernel[:, k] for k in range(taps))  # pyright: ignore[reportReturnType]
+    y = padded[:, : x.shape[1]] * kernel[:, 0]
+    for k in range(1, taps):
+        y = y + padded[:, k : k + x.shape[1]] * kernel[:, k]
+    return y
 
 
 def s_silu(v: jax.Array, s: jax.Array | float = 1.0) -> jax.Array:
@@ -193,24 +196,27 @@ class Mixer(nnx.Module):
         b, c = run.linear("w_B", self.w_B, p), run.linear("w_C", self.w_C, p)
         h = self.states(v, jax.nn.softplus(dt), -jnp.exp(self.a_log[...]), b)
         y = self._product(h, c, run) + self.d[...] * v
-        y = self._turned("r2", y * s_silu(g, self.gate[...] if "gate" in self.parts else 1.0))  # pyright: ignore[reportAttributeAccessIssue]
+        gate = self._part("gate")
+        y = self._turned("r2", y * s_silu(g, 1.0 if gate is None else gate))
         return x + run.linear("w_o", self.w_o, y)
 
     def _product(self, h: jax.Array, c: jax.Array, run: Run) -> jax.Array:
         """h C over the states, f32[N, T, e]. The site h sees a token's e S values as one row."""
-        scale = self.h_scale[...] if "h_scale" in self.parts else None  # pyright: ignore[reportAttributeAccessIssue]
+        scale, r3 = self._part("h_scale"), self._part("r3")
         h = h if scale is None else h / scale[:, None]
-        if "r3" in self.parts:
-            h = jnp.einsum("...es,ef->...fs", h, self.r3[...])  # pyright: ignore[reportAttributeAccessIssue]
+        h = h if r3 is None else jnp.einsum("...es,ef->...fs", h, r3)
         h = self._turned("r4", h)
         h = run.operand("h", h.reshape(*h.shape[:-2], -1)).reshape(h.shape)
         y = read_out(h, run.operand("C", c))
-        if "r3" in self.parts:
-            y = y @ self.r3[...].T  # pyright: ignore[reportAttributeAccessIssue]
+        y = y if r3 is None else y @ r3.T
         return y if scale is None else y * scale
 
     def _turned(self, part: str, x: jax.Array) -> jax.Array:
-        return x @ getattr(self, part)[...] if part in self.parts else x
+        r = self._part(part)
+        return x if r is None else x @ r
+
+    def _part(self, name: str) -> jax.Array | None:
+        return getattr(self, name)[...] if name in self.parts else None
 
 
 def _identity(part: str, inner: int, states: int) -> jax.Array:

@@ -76,6 +76,7 @@ ZOO = {
     "digits_deep": Recipe("mlp", (64,) + (24,) * 7 + (10,), "digits", 3000),
     "digits_wide": Recipe("mlp", (64, 64, 64, 10), "digits", 1000),
     "digits_small": Recipe("mlp", (64, 24, 24, 10), "digits", 600),
+    "digits_shallow": Recipe("mlp", (64, 24, 10), "digits", 600),
     "digits_cnn": Recipe("cnn", (8, 16, 16), "digits", 800),
     "mnist_cnn": Recipe("cnn", (8, 16, 16), "mnist", 1200),
     # A transformer of 16 tokens, width 64, four blocks.

@@ -212,4 +212,5 @@ def best_range(
 
     start = minmax(w, q_min, q_max, width, symmetric)
     first = (jnp.full(w.shape[0], jnp.inf, h.dtype), *(a.astype(h.dtype) for a in start))
-    return jax.lax.fori_loop(0, int(maxshrink * grid), body, first)[1:]
+    _, s, z = jax.lax.fori_loop(0, int(maxshrink * grid), body, first)
+    return s, z

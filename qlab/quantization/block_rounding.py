@@ -99,6 +99,7 @@ def learn_block(
         y: what it should put out (the float block on float inputs). grid_options: of `grid.calibrate`,
         as they were for the weights of q.
     """
+    grid_options = {"calibration": "shares", **grid_options}
     w = {site: q.params[site]["kernel"].T for site in q.weights}
     grids = {
         site: calibrate(a, w_bits, granularity == "tensor", max_bits=max_bits, **grid_options)

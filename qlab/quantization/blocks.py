@@ -16,11 +16,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
 from qlab import ops
-from qlab.nn.sites import FLOAT, Block, BlockNet, Params, Run, capture, pick
+from qlab.nn.sites import FLOAT, Block, BlockNet, Params, Run, capture
 from qlab.quantization.activations import Affine, Record, fake
 from qlab.quantization.grid import Grid, calibrate, nearest_codes
 from qlab.quantization.methods import gptq_layer
@@ -92,20 +93,31 @@ def packed_run(q: QuantizedBlock, *, impl: str | None = None) -> Run:
 
 
 def _int8_fits(act: Affine, qt: QTensor) -> bool:
-    """One scale for all inputs, zero point and rails in 8 bits, no groups: known only outside jit."""
-    if act.scale.ndim or qt.group or qt.offset is not None or isinstance(act.q_max, Tracer):
+    """One scale for all inputs, zero point and rails in 8 bits, no groups: known where they are constants."""
+    ends = (act.q_min, act.zero, act.q_max)
+    if act.scale.ndim or qt.group or qt.offset is not None or any(map(_is_traced, ends)):
         return False
-    span = float(act.q_max - act.q_min)
-    return span <= 255 and bool(act.q_min <= act.zero) and bool(act.zero <= act.q_max)
+    q_min, zero, q_max = map(
+        float, map(np.asarray, ends)
+    )  # NumPy: jit would trace jnp on constants
+    return q_max - q_min <= 255 and q_min <= zero <= q_max
+
+
+def _is_traced(a) -> bool:
+    return isinstance(a, Tracer)
 
 
 def run_blocks(
     net: BlockNet, quantized: tuple[QuantizedBlock, ...], x: Any, how: Callable[..., Run] = fake_run
 ) -> Any:
-    """The quantized net's output. quantized: a QuantizedBlock per group, leaves stacked on axis 0."""
+    """The quantized net's output. quantized: a QuantizedBlock per group, leaves stacked on axis 0.
+
+    To compile it with `packed_run`, close over the blocks: jax.jit(lambda x: run_blocks(net, blocks, x,
+    packed_run)). As arguments of jit their grids are not known, and all products would be weight-only.
+    """
     for group, stacked in zip(net.groups, quantized, strict=True):
         for i in range(group.n):
-            q = jax.tree.map(lambda a, i=i: a[i], stacked)
+            q = jax.tree.map(lambda a, i=i: a[i] if _is_traced(a) else np.asarray(a)[i], stacked)
             x = group.block(q.params, x, how(q))
     return x
 
@@ -135,7 +147,7 @@ def around_block(net: BlockNet, params: tuple[Params, ...], g: int, i, beside: A
 class SiteInput(NamedTuple):
     """What a site method sees. x: its input behind the quantized sites before it; x_fp: in the float net.
 
-    w: f32[out, in], None at operands. bits: i32[], of the weight or of the activation. x and x_fp are
+    w: f32[out, in], None at operands. bits: f32[], of the weight or of the activation. x and x_fp are
     None at weights used otherwise than in a plain product: only rounding that looks at w alone fits there.
     """
 
@@ -209,11 +221,13 @@ def quantize_block(
 
 
 def _grid(i: SiteInput, granularity: str, max_bits: int, options) -> Grid:
+    # "searched" over zero points too would cost 2^max_bits times as much: minutes at 8 bits.
+    options = {"calibration": "shares", **options}
     return calibrate(i.w, i.bits, granularity == "tensor", max_bits=max_bits, **options)
 
 
 def nearest_weight(*, granularity: str = "channel", max_bits: int = 8, **options) -> WeightMethod:
-    """Rounding to nearest. granularity: "channel" or "tensor"; options: of grid.calibrate."""
+    """Rounding to nearest. granularity: "channel" or "tensor"; options: of grid.calibrate ("shares")."""
 
     def weight(i: SiteInput):
         grid = _grid(i, granularity, max_bits, options)
@@ -249,11 +263,6 @@ def gptq_weight(
 def float_act(i: SiteInput) -> None:
     """Activations stay float (weight-only quantization)."""
     del i
-
-
-def unit_of(params: tuple[Params, ...], group: int, i) -> Params:
-    """Params of block i of a group."""
-    return pick(params[group], i)
 
 
 site_by_site = partial(partial, quantize_block)

@@ -150,8 +150,9 @@ def alternate(w, h, q_min, q_max, cfg: DecoupleQ):
                 return gptq(s, z)
             if cfg.solver == "train":
                 return solved(projected(w, h, s, z, q_min, q_max, cfg, perm), s, z)
-            by_column = (by_column_of(a, w)[:, :num_in] for a in (s, z))
-            q = all_codes(w[:, :num_in], h[:num_in, :num_in], *by_column, q_min, q_max, cfg.bits)  # pyright: ignore[reportCallIssue]
+            s_col, z_col = by_column_of(s, w)[:, :num_in], by_column_of(z, w)[:, :num_in]
+            real_h = h[:num_in, :num_in]
+            q = all_codes(w[:, :num_in], real_h, s_col, z_col, q_min, q_max, cfg.bits)
             return solved(jnp.pad(q, [(0, 0), (0, w.shape[1] - num_in)]), s, z)
 
         def half_step(best: Solution, new: Solution):
@@ -187,7 +188,7 @@ def alternate(w, h, q_min, q_max, cfg: DecoupleQ):
         history = jnp.stack(history)
         if cfg.num_outer >= 2:
             searched = best_range(w, h, q_min, q_max, width, cfg.symmetric)
-            near = nearest(w, *searched, q_min, q_max)  # pyright: ignore[reportCallIssue]
+            near = nearest(w, searched[0], searched[1], q_min, q_max)
             # the last turn has no integer step, where there are float steps
             turns = cfg.num_outer - 1 + cfg.float_step
             start = (jnp.int32(0), jnp.bool_(True), best, jnp.zeros((turns, 2), h.dtype))

@@ -151,6 +151,7 @@ def decoupleq(
         or W* (`fp_target`).
       num_steps: of the block step after the layers of a unit; 0: none. optimizer, batch_size, train: its.
     """
+    check(cfg, 1, cfg.bits)  # what no layer could be quantized with
     optimizer = adam(1e-5) if optimizer is None else optimizer
 
     def init(w, grid, key):

@@ -5,6 +5,7 @@ The layer objective is tr(E H E^T), E = w_hat - w, with H the mean of x x^T over
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.core import Tracer
 from qlab.quantization.qtensor import Ties, expand, round_ties
 
 LADDER = 4  # dampings tried: damp times 1, 10, 100, 1000
+COLUMNS = 32  # in a block of columns
 
 
 class HessianState(NamedTuple):
@@ -86,21 +88,48 @@ def inverse_factor(h: jax.Array, damp) -> tuple[jax.Array, jax.Array]:
 def gptq_columns(w, u, scale, offset, q_min, q_max, *, ties: Ties = "half_even") -> jax.Array:
     """i32[out, in] codes, column after column, with the factor u of `inverse_factor` (in the order of w).
 
+    Columns are worked off in blocks: within one the errors spread at once, to the columns behind it as
+    one matrix product (Frantar et al., section 3.3, "lazy batch-updates"). The same codes, less memory moved.
+
     Args:
       scale, offset: of the shape of w; a scale may be negative.
     """
-    columns = jnp.arange(w.shape[1])
+    rows, width = w.shape
+    block = min(COLUMNS, width)
+    pad = -width % block
+    # A column is a contiguous row of the transposes; the padding rounds 0 to a grid of step 1.
+    wt = jnp.pad(w.T, ((0, pad), (0, 0)))
+    s = jnp.pad(scale.T, ((0, pad), (0, 0)), constant_values=1)
+    z = jnp.pad(offset.T, ((0, pad), (0, 0)))
+    places = jnp.arange(width + pad)
+    u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag((places >= width).astype(u.dtype))
 
-    def body(i, carry):
-        w, codes = carry
-        s, z = scale[:, i], offset[:, i]
-        q = jnp.clip(round_ties((w[:, i] - z) / s, ties), q_min, q_max)
-        err = (w[:, i] - (q * s + z)) / u[i, i]
-        # columns up to i are final: u is upper triangular, and column i itself is not read again
-        w = w - jnp.outer(err, jnp.where(columns > i, u[i], 0.0))
-        return w, codes.at[:, i].set(q.astype(jnp.int32))
+    def one_block(b, carry):
+        wt, codes = carry
+        first = b * block
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=block)
+        s_b, z_b, u_b = cut(s), cut(z), cut(cut(u), axis=1)
 
-    return jax.lax.fori_loop(0, w.shape[1], body, (w, jnp.zeros(w.shape, jnp.int32)))[1]
+        def column(i, carry):
+            w_b, q_b, errors = carry
+            q = jnp.clip(round_ties((w_b[i] - z_b[i]) / s_b[i], ties), q_min, q_max)
+            error = (w_b[i] - (q * s_b[i] + z_b[i])) / u_b[i, i]
+            # Columns up to i are final: u is upper triangular, and column i itself is not read again.
+            w_b = w_b - jnp.where(jnp.arange(block) > i, u_b[i], 0.0)[:, None] * error
+            return w_b, q_b.at[i].set(q.astype(jnp.int32)), errors.at[i].set(error)
+
+        start = (cut(wt), jnp.zeros((block, rows), jnp.int32), jnp.zeros((block, rows), wt.dtype))
+        _, q_b, errors = jax.lax.fori_loop(0, block, column, start)
+        behind = jnp.where(places >= first + block, cut(u), 0.0)
+        wt = wt - jnp.matmul(behind.T, errors, precision="highest")
+        return wt, jax.lax.dynamic_update_slice_in_dim(codes, q_b, first, 0)
+
+    codes = jnp.zeros(wt.shape, jnp.int32)
+    if pad + width == block:
+        _, codes = one_block(0, (wt, codes))
+    else:
+        _, codes = jax.lax.fori_loop(0, (width + pad) // block, one_block, (wt, codes))
+    return codes[:width].T
 
 
 def gptq_solve(

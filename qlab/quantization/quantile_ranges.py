@@ -16,9 +16,8 @@ from qlab.quantization.activations import Affine, Log, Zero, affine, fake
 from qlab.quantization.qtensor import Ties
 
 SHARES = (0.999, 0.9999, 0.99999)  # of RepQ-ViT's repository
-FARTHEST = (
-    4096.0  # steps between 0 and a range: a channel that is nearly constant gets no finer grid
-)
+# Steps between 0 and a range at most: a channel that is nearly constant gets no finer grid.
+FARTHEST = 4096.0
 
 
 def tail_quantiles(x: jax.Array, ps: Sequence[float]) -> jax.Array:
@@ -56,10 +55,14 @@ def calib_affine_quantile(
 ) -> tuple[jax.Array, jax.Array]:
     """(s, z) of the range between the (1 - p, p) quantiles, p that of `ps` with least mean squared error.
 
+    The range is not widened to hold 0 and z may lie outside the rails (as in RepQ-ViT's repository).
+
     Args:
-      axis: the axis whose entries have a grid of their own; None: one for all.
+      x: f32[...]. bits: int or f32[]. axis: the axis whose entries have a grid of their own; None: one for all.
     Returns:
-      s, z: f32[], or f32[D] with D the length of `axis`; each channel takes its own p.
+      s, z: f32[], or f32[D] with D the length of `axis`; each channel takes its own p. z is integer-valued.
+    Raises:
+      ValueError: a share outside [0, 1].
 
     >>> s, z = calib_affine_quantile(jnp.arange(1.0, 17.0), 4, ps=(1.0,))
     >>> float(s), float(z)
@@ -68,19 +71,23 @@ def calib_affine_quantile(
     rows = x.reshape(-1) if axis is None else jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
     lo, hi = -tail_quantiles(-rows, ps), tail_quantiles(rows, ps)
 
-    def error(ends):
-        grid = range_grid(*ends, bits)  # pyright: ignore[reportCallIssue]
-        return ((fake(grid, rows) - rows) ** 2).mean(0), (grid.scale, grid.zero)
+    def error(lo, hi):
+        grid = range_grid(lo, hi, bits)
+        return ((fake(grid, rows) - rows) ** 2).mean(0), grid.scale, grid.zero
 
-    errors, (scale, zero) = jax.vmap(error)((lo, hi))
+    errors, scale, zero = jax.vmap(error)(lo, hi)
     best = errors.argmin(0)[None]
-    return tuple(jnp.take_along_axis(a, best, 0)[0] for a in (scale, zero))  # pyright: ignore[reportReturnType]
+    return jnp.take_along_axis(scale, best, 0)[0], jnp.take_along_axis(zero, best, 0)[0]
 
 
 def calib_log(
     x: jax.Array, bits, per_octave: int = 2, zero: Zero = "reserve", ps: Sequence[float] = SHARES
 ) -> Log:
-    """The Log grid for softmax outputs whose scale is the p quantile, p of `ps` with least squared error."""
+    """The Log grid for softmax outputs whose scale is the p quantile, p of `ps` with least squared error.
+
+    Args:
+      x: f32[...] in [0, 1]. bits: int or f32[]. per_octave: 2 (log sqrt 2) or 1 (log 2). zero: see `Log`.
+    """
     levels = 2.0 ** jnp.asarray(bits, jnp.float32)
     scales = jnp.maximum(tail_quantiles(x.reshape(-1), ps), 1e-8)
 

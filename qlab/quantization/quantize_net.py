@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from qlab.lab.errors import UserError
-from qlab.nn.sites import BlockNet, Params, pick
+from qlab.nn.sites import Block, BlockNet, Params, pick
 from qlab.quantization.blocks import QuantizedBlock, around_block, fake_run
 
 
@@ -49,22 +50,34 @@ def quantize_net(
     key = jax.random.key(0) if key is None else key
     params = tuple(params)
     x_q, x_fp, made, failed = x, x, [], jnp.zeros(())
+    bits = jnp.float32(w_bits), jnp.float32(a_bits)
     for g, group in enumerate(net.groups):
-
-        @jax.jit
-        def step(params, i, x_q, x_fp, k, side, g=g, block=group.block):
-            p = pick(params[g], i)
-            more = (around_block(net, params, g, i, side),) if around else ()
-            bits = jnp.float32(w_bits), jnp.float32(a_bits)
-            q, fallbacks = method(block, p, x_q, x_fp, *bits, k, *more)
-            return q, block(q.params, x_q, fake_run(q)), block(p, x_fp), fallbacks
-
         blocks = []
         for i in range(group.n):
             k = jax.random.fold_in(jax.random.fold_in(key, g), i)
-            side = None if beside is None else pick(beside[g], i)
-            q, x_q, x_fp, fallbacks = step(params, jnp.int32(i), x_q, x_fp, k, side)
+            if around:
+                side = None if beside is None else pick(beside[g], i)
+                done = _quantize_in(method, net, g, params, jnp.int32(i), x_q, x_fp, *bits, k, side)
+            else:
+                done = _quantize(method, group.block, pick(params[g], i), x_q, x_fp, *bits, k)
+            q, x_q, x_fp, fallbacks = done
             blocks.append(q)
             failed = failed + fallbacks
         made.append(jax.tree.map(lambda *a: jnp.stack(a), *blocks))
     return QuantizedNet(tuple(made), failed)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _quantize(method, block: Block, params: Params, x_q, x_fp, w_bits, a_bits, key):
+    """One block, and its outputs on either input; the same method on other widths compiles nothing new."""
+    q, fallbacks = method(block, params, x_q, x_fp, w_bits, a_bits, key)
+    return q, block(q.params, x_q, fake_run(q)), block(params, x_fp), fallbacks
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _quantize_in(method, net: BlockNet, g: int, params, i, x_q, x_fp, w_bits, a_bits, key, side):
+    """The same for a method that looks at the net around block i of group g."""
+    own, near = pick(params[g], i), around_block(net, params, g, i, side)
+    block = net.groups[g].block
+    q, fallbacks = method(block, own, x_q, x_fp, w_bits, a_bits, key, near)
+    return q, block(q.params, x_q, fake_run(q)), block(own, x_fp), fallbacks

@@ -6,6 +6,8 @@ Letters: n = channels, N = samples.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ def signs(n: int, key: jax.Array) -> jax.Array:
     return jax.random.rademacher(key, (n,), jnp.float32)
 
 
+@partial(jax.jit, static_argnums=0)
 def hadamard(n: int, key: jax.Array) -> jax.Array:
     """f32[n, n] orthogonal with entries +-1 / sqrt(n): the transpose of `fwht`'s matrix, signs by key on its rows.
 
@@ -67,6 +70,7 @@ def klt(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return k, lam
 
 
+@jax.jit
 def klt_rotation(x: jax.Array, key: jax.Array) -> jax.Array:
     """R = K H, f[n, n]: every channel of x R has the same variance, the mean of lam (eq. 9).
 

@@ -1,15 +1,17 @@
 """Post-training quantization of weights and activations of a BlockNet as an Experiment: cells x blocks.
 
-A cell is a net (plain or outlier twin) at a weight width and an activation width. Each cell runs as phases:
-"prepare" (a transform of the whole net that preserves its function: smoothing, rotation), one step per
-block (the arm's block method, then the block's outputs become the inputs of the next), "test". Widths and nets
-are data, so the cells of an arm share their compiled programs, and so do blocks of one structure. A step is a
-block: a run may stop and resume between any two.
+A cell is a net (plain or outlier twin) at a weight width and an activation width. What does not depend on
+widths is done once for all cells of a net, in `init`: a transform of the whole net that preserves its function
+(smoothing, rotation), the float net's test outputs. Then each cell takes a step per block (the arm's block
+method, then the block's outputs become the inputs of the next) and one to test. Widths and nets are data, so all
+cells of an arm run one compiled program, and arms whose method and parts of the net are alike share it
+through the compilation cache. A step is a block: a run may stop and resume between any two.
 
 What a seed varies, each with a sub-key of its own (fold_in 0, 1, 2 of the seed's key): the trained net
 (and its twin), the calibration draw, the method.
 
-Letters: M = nets, C = cells, N = calibration samples, n = blocks of a group.
+Letters: C = cells, U = setups (net, calibration draw and method key, which cells share), N = calibration
+samples, n = blocks of a group.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 import optax
 
 from qlab.lab.experiment import Experiment, Metric, Phase
-from qlab.nn.sites import BlockNet, Params, pick, run_group
+from qlab.nn.sites import BlockNet, Params, pick
 from qlab.quantization.blocks import QuantizedBlock, around_block, fake_run
 from qlab.quantization.qtensor import row_bytes
 
@@ -66,17 +68,20 @@ class Cell(NamedTuple):
 
 
 class State(NamedTuple):
-    """key: of the method, per cell. nets: params per group, leaves [M, n, ...]. x_cal: [C, N, ...].
-    beside: of each distinct pair of net and draw, per group, leaves [pairs, n, ...]; or None.
+    """Of each setup: key, of the method; nets, rewritten params per group, leaves [U, n, ...]; x_cal,
+    [U, N, ...]; logits, f32[U, ...], the float net's on the test inputs; probed, {metric: f32[U]}; beside,
+    per group, leaves [U, n, ...], or None.
 
-    Of the cell at work: params, its transformed nets; inputs: per group (x_q, x_fp); quantized: per
-    group; fallbacks f32[]. out: f32[C, len(TESTED) and the probe's].
+    Of the cell at work: params, its net's; inputs: per group (x_q, x_fp); quantized: per group; fallbacks
+    f32[]. out: f32[C, len(TESTED)].
     """
 
     key: jax.Array
     step: jax.Array
     nets: tuple[Params, ...]
     x_cal: Any
+    logits: jax.Array
+    probed: dict[str, jax.Array]
     beside: Any
     params: tuple[Params, ...]
     inputs: tuple[Any, ...]
@@ -111,7 +116,9 @@ def site_study(
       cells: the table. method: (block, params, x_q, x_fp, w_bits, a_bits, key) -> (QuantizedBlock,
         fallbacks), e.g. `site_by_site(act=..., weight=...)`; called once per group under jit.
       transform: (params, x_cal, key) -> params, a rewrite of the whole net that keeps its function.
-      probe: (transformed params, x_cal) -> {metric: f32[]}, measured for each cell beside METRICS.
+      probe: (transformed params, x_cal) -> {metric: f32[]}, reported for each cell beside METRICS. Both are
+        called on the host, once per net: their heavy parts should be jitted, with `net` static, so that
+        arms share the programs.
       around: the method takes an Around as its last argument.
       beside: (key of the nets, net name, x_cal) -> per group a pytree with the n blocks first, for the method; found
         once for all cells with that net and draw (corrected inputs, for example).
@@ -126,18 +133,18 @@ def site_study(
     unknown = set(vary) - {"net", "calibration", "method"}
     if unknown:
         raise ValueError(f'vary={tuple(vary)}; use some of "net", "calibration", "method"')
-    names = tuple(dict.fromkeys(c.net for c in cells))
-    which = jnp.array([names.index(c.net) for c in cells])
+    setups = tuple(dict.fromkeys((c.net, c.draw, c.run) for c in cells))
+    which = jnp.array([setups.index((c.net, c.draw, c.run)) for c in cells])
     w_bits = jnp.array([c.w_bits for c in cells], jnp.float32)
     a_bits = jnp.array([c.a_bits for c in cells], jnp.float32)
-    pairs = list(dict.fromkeys((c.net, c.draw) for c in cells))
-    pair = jnp.array([pairs.index((c.net, c.draw)) for c in cells])
     sizes = [g.n for g in net.groups]
-    per_cell = 2 + sum(sizes)
+    # of the steps of a cell: the group whose next block is quantized; the last step tests
+    stages = jnp.array([*(g for g, n in enumerate(sizes) for _ in range(n)), len(sizes)])
     x_test, y_test = jax.tree.map(jnp.asarray, test)
 
+    @partial(jax.jit, static_argnums=0)  # so that init and the steps share its trace
     def quantize(g: int, params, i, x_q, x_fp, w_bits, a_bits, key, side):
-        """The method on block i of group g. side: per group, of this cell, or None."""
+        """The method on block i of group g. params: per group; side: what is beside the net, per group, or None."""
         own = pick(params[g], i)
         args = (net.groups[g].block, own, x_q, x_fp, w_bits, a_bits, key)
         if not around:
@@ -149,20 +156,13 @@ def site_study(
         """Zeros in the form of the inputs of each group and of its quantized blocks."""
         inputs, quantized = [], []
         bit, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(jax.random.key, 0)
+        first = jax.ShapeDtypeStruct((), jnp.int32)
         for g, group in enumerate(net.groups):
             inputs.append((x, x))
-            q, _ = jax.eval_shape(partial(quantize, g), params, 0, x, x, bit, bit, key, side)
+            q, _ = jax.eval_shape(partial(quantize, g), params, first, x, x, bit, bit, key, side)
             quantized.append(jax.tree.map(lambda a, n=group.n: _zeros(a, (n,)), q))
             x = jax.eval_shape(lambda s, x, block=group.block: block(pick(s, 0), x), params[g], x)
         return jax.tree.map(_zeros, tuple(inputs)), tuple(quantized)
-
-    def probed(params, x) -> dict[str, jax.Array]:
-        return {} if probe is None else dict(probe(params, x))
-
-    def columns(state: State) -> tuple[str, ...]:
-        """The metrics in the columns of `out`."""
-        x = jax.eval_shape(lambda x: pick(x, 0), state.x_cal)
-        return (*TESTED, *sorted(jax.eval_shape(probed, state.params, x)))
 
     def init(key: jax.Array) -> State:
         parts = {
@@ -170,107 +170,95 @@ def site_study(
             for i, name in enumerate(("net", "calibration", "method"))
         }
         made = nets(parts["net"])
-        stacked = jax.tree.map(lambda *a: jnp.stack(a), *(made[name] for name in names))
-        draws = [jax.random.fold_in(parts["calibration"], c.draw) for c in cells]
-        picks = [np.asarray(jax.random.permutation(k, size)[:num_calibration]) for k in draws]
-        x_cal = jax.tree.map(lambda a: jnp.stack([jnp.asarray(a[p]) for p in picks]), pool)
-        keys = jnp.stack([jax.random.fold_in(parts["method"], c.run) for c in cells])
-        params = jax.tree.map(lambda a: jnp.zeros_like(a[0]), stacked)
-        side = None
-        if beside is not None:
-            first = {p: i for i, p in reversed(list(enumerate(pair.tolist())))}
-            found = [
-                beside(parts["net"], name, pick(x_cal, first[p]))
-                for p, (name, _) in enumerate(pairs)
-            ]
-            side = jax.tree.map(lambda *a: jnp.stack(a), *found)
-        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (x_cal, side))
-        inputs, quantized = shapes(jax.eval_shape(lambda p: p, params), *one)
-        state = State(
-            keys, jnp.zeros((), jnp.int32), stacked, x_cal, side, params, inputs, quantized,
-            jnp.zeros(()), jnp.zeros(()),
-        )  # fmt: skip
-        return state._replace(out=jnp.zeros((len(cells), len(columns(state)))))
+        sides: dict[tuple[str, int], Any] = {}
 
-    def cell_of(state: State):
-        return state.step // per_cell
+        def setup(name: str, draw: int, run: int):
+            k_draw, k = (
+                jax.random.fold_in(parts[what], i)
+                for what, i in (("calibration", draw), ("method", run))
+            )
+            chosen = np.asarray(jax.random.permutation(k_draw, size)[:num_calibration])
+            x = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[chosen]), pool)
+            params = made[name]
+            logits = apply_net(net, params, x_test)
+            if transform is not None:
+                params = transform(params, x, jax.random.fold_in(k, 0))
+            if beside is not None and (name, draw) not in sides:
+                sides[name, draw] = beside(parts["net"], name, x)
+            found = {} if probe is None else dict(probe(params, x))
+            return k, params, x, logits, found, sides.get((name, draw))
 
-    def prepare(state: State):
-        c = cell_of(state)
-        params, x = pick(state.nets, which[c]), pick(state.x_cal, c)
-        if transform is not None:
-            params = transform(params, x, jax.random.fold_in(state.key[c], 0))
-        inputs = ((x, x), *state.inputs[1:])
-        values = probed(params, x)
-        row = jnp.array([values[m] for m in sorted(values)])
-        state = state._replace(
-            params=params,
-            inputs=inputs,
-            fallbacks=jnp.zeros(()),
-            out=state.out.at[c, len(TESTED) :].set(row),
-            step=state.step + 1,
+        keys, rewritten, x_cal, logits, probed, sided = _stack(*(setup(*s) for s in setups))
+        params, x, side = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype),
+            (rewritten, x_cal, sided),
         )
-        return state, {"error": jnp.zeros(())}
+        inputs, quantized = shapes(params, x, side)
+        out = jnp.zeros((len(cells), len(TESTED)))
+        step, fallbacks = jnp.zeros((), jnp.int32), jnp.zeros(())
+        params = jax.tree.map(_zeros, params)
+        return State(
+            keys, step, rewritten, x_cal, logits, probed, sided, params, inputs, quantized,
+            fallbacks, out,
+        )  # fmt: skip
 
-    def make_step(g: int):
-        group, first = net.groups[g], 1 + sum(sizes[:g])
+    def begun(state: State) -> State:
+        """At the first step of a cell: its net and its calibration samples."""
+        at = which[state.step // len(stages)]
+        new = partial(jax.tree.map, partial(jnp.where, state.step % len(stages) == 0))
+        params, x = pick((state.nets, state.x_cal), at)
+        inputs = (new((x, x), state.inputs[0]), *state.inputs[1:])
+        fallbacks = new(0.0, state.fallbacks)
+        return state._replace(params=new(params, state.params), inputs=inputs, fallbacks=fallbacks)
 
-        def step(state: State):
-            c = cell_of(state)
-            i = state.step % per_cell - first
-            params = pick(state.params[g], i)
-            x_q, x_fp = state.inputs[g]
-            key = jax.random.fold_in(state.key[c], 1 + first + i)
-            side = None if state.beside is None else pick(state.beside, pair[c])
-            q, failed = quantize(g, state.params, i, x_q, x_fp, w_bits[c], a_bits[c], key, side)
-            y_q, y_fp = group.block(q.params, x_q, run(q)), group.block(params, x_fp)
-            put = partial(
-                jax.tree.map, lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, i, 0)
-            )
-            quantized = list(state.quantized)
-            quantized[g] = put(quantized[g], q)
-            inputs = list(state.inputs)
-            if group.n > 1:
-                inputs[g] = (y_q, y_fp)
-            if g + 1 < len(sizes):
-                inputs[g + 1] = (y_q, y_fp)
-            error = _relative(y_q, y_fp)
-            out = state.out.at[c, TESTED.index("error")].set(error)
-            if g + 1 == len(sizes):  # of its blocks the last one stays
-                out = out.at[c, TESTED.index("kl_calibration")].set(divergence(y_fp, y_q))
-            state = state._replace(
-                inputs=tuple(inputs),
-                quantized=tuple(quantized),
-                fallbacks=state.fallbacks + failed,
-                out=out,
-                step=state.step + 1,
-            )
-            return state, {"error": error}
+    def block_step(g: int, state: State) -> State:
+        """Quantizes the next block of group g."""
+        group = net.groups[g]
+        c, at = jnp.divmod(state.step, len(stages))
+        i = at - sum(sizes[:g])
+        params = pick(state.params[g], i)
+        x_q, x_fp = state.inputs[g]
+        key = jax.random.fold_in(state.key[which[c]], 2 + at)  # 0 is the transform's
+        side = pick(state.beside, which[c])  # None stays None
+        q, failed = quantize(g, state.params, i, x_q, x_fp, w_bits[c], a_bits[c], key, side)
+        y_q, y_fp = group.block(q.params, x_q, run(q)), group.block(params, x_fp)
+        put = partial(jax.tree.map, lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, i, 0))
+        quantized = list(state.quantized)
+        quantized[g] = put(quantized[g], q)
+        inputs = list(state.inputs)
+        if group.n > 1:
+            inputs[g] = (y_q, y_fp)
+        if g + 1 < len(sizes):
+            inputs[g + 1] = (y_q, y_fp)
+        out = state.out.at[c, TESTED.index("error")].set(_relative(y_q, y_fp))
+        if g + 1 == len(sizes):  # of its blocks the last one stays
+            out = out.at[c, TESTED.index("kl_calibration")].set(divergence(y_fp, y_q))
+        return state._replace(
+            inputs=tuple(inputs),
+            quantized=tuple(quantized),
+            fallbacks=state.fallbacks + failed,
+            out=out,
+        )
 
-        return jax.jit(step)
-
-    def tested(state: State):
-        c = cell_of(state)
-        logits, logits_fp = x_test, x_test
+    def tested(state: State) -> State:
+        c = state.step // len(stages)
+        logits = x_test
         for g, q in zip(net.groups, state.quantized, strict=True):
             logits = _scan_quantized(g, q, logits, run)
-        for g, p in zip(net.groups, pick(state.nets, which[c]), strict=True):
-            logits_fp = run_group(g, p, logits_fp)
         kept = {m: state.out[c, TESTED.index(m)] for m in ("error", "kl_calibration")}
-        values = compare(logits, logits_fp, y_test) | kept | {"fallbacks": state.fallbacks}
+        values = compare(logits, state.logits[which[c]], y_test) | kept
+        values |= {"fallbacks": state.fallbacks}
         row = jnp.stack([values[m] for m in TESTED])
-        out = state.out.at[c, : len(TESTED)].set(row)
-        return state._replace(out=out, step=state.step + 1), {"error": values["error"]}
+        return state._replace(out=state.out.at[c].set(row))
 
-    steps = [make_step(g) for g in range(len(sizes))]
-    prepare, tested = jax.jit(prepare), jax.jit(tested)
-    phases = []
-    for cell in cells:
-        phases.append(Phase(f"{cell.name} prepare", 1, prepare))
-        phases += [
-            Phase(f"{cell.name} {g.name}", g.n, s) for g, s in zip(net.groups, steps, strict=True)
-        ]
-        phases.append(Phase(f"{cell.name} test", 1, tested))
+    branches = [*(partial(block_step, g) for g in range(len(sizes))), tested]
+
+    @jax.jit
+    def step(state: State) -> tuple[State, dict[str, jax.Array]]:
+        c, at = jnp.divmod(state.step, len(stages))
+        state = jax.lax.switch(stages[at], branches, begun(state))
+        error = state.out[c, TESTED.index("error")]
+        return state._replace(step=state.step + 1), {"error": error}
 
     def evaluate(state: State) -> dict[str, jax.Array]:
         values: dict[str, jax.Array] = {}
@@ -281,7 +269,8 @@ def site_study(
         for c, cell in enumerate(cells):
             if cell.draw or cell.run:
                 continue
-            values |= {f"{cell.name}/{m}": state.out[c, i] for i, m in enumerate(columns(state))}
+            values |= {f"{cell.name}/{m}": state.out[c, i] for i, m in enumerate(TESTED)}
+            values |= {f"{cell.name}/{m}": v[which[c]] for m, v in state.probed.items()}
             values |= {
                 f"{cell.name}/{k}": jnp.float32(v)
                 for k, v in storage(state.quantized, cell.w_bits, wide).items()
@@ -289,16 +278,28 @@ def site_study(
             values[f"{cell.name}/sites_total"] = jnp.float32(total)
         return values | _variance(cells, state.out[:, 0])
 
-    return Experiment(init, evaluate, tuple(phases), seed_layout="map")
+    phase = Phase("cells", len(cells) * len(stages), step)
+    return Experiment(init, evaluate, (phase,), seed_layout="map")
 
 
 def _zeros(a, lead: tuple[int, ...] = ()):
-    return jnp.zeros((*lead, *a.shape), a.dtype)
+    return jnp.asarray(np.zeros((*lead, *a.shape), a.dtype))  # jnp.zeros compiles for each shape
+
+
+@jax.jit
+def _stack(*trees):
+    return jax.tree.map(lambda *a: jnp.stack(a), *trees)
 
 
 def _relative(y, y_fp) -> jax.Array:
     y, y_fp = (jnp.concatenate([a.ravel() for a in jax.tree.leaves(t)]) for t in (y, y_fp))
     return ((y - y_fp) ** 2).mean() / jnp.maximum((y_fp**2).mean(), 1e-30)
+
+
+@partial(jax.jit, static_argnums=0)
+def apply_net(net: BlockNet, params: tuple[Params, ...], x: Any) -> jax.Array:
+    """The float net's outputs; equal nets share the program."""
+    return net.apply(params, x)
 
 
 def _scan_quantized(group, stacked: QuantizedBlock, x, run):

@@ -10,6 +10,8 @@ at angle 0.
 Energies are the search's own: noisy and sampled where the problem is. What it never sees is the true ground energy
 and the noiseless energy of its circuits; from them come the records (`Records`), of which an episode's success, a
 noiseless error below 1.6e-3 hartree at any step, is one.
+A random halt ends an episode without the -5. To the agent it is an end like the others (the paper's code), so that a
+circuit is worth more the sooner it is good; `Switches.halt_ends` = False lets targets look beyond it instead.
 Letters: E = episodes side by side, D = most gates, A = actions, F = features, L = episodes of the study.
 """
 
@@ -58,12 +60,13 @@ class Switches(NamedTuple):
     """Parts of the method as numbers in the state, so that arms without one of them share the program.
 
     Attributes:
-      masked: illegal actions are told and forbidden. halting: random lengths.
+      masked: illegal actions are told and forbidden. halting: random lengths. halt_ends: they are terminal.
       table: f[D+1], `moving_threshold.halting_table`. threshold: before the first episode.
     """
 
     masked: Any
     halting: Any
+    halt_ends: Any
     table: Any
     threshold: mt.Threshold
 
@@ -85,13 +88,14 @@ class Records(NamedTuple):
     """Known to the report only.
 
     Attributes:
-      success: i8[L], by number of the episode; -1 while it has not ended. length: i32[L].
+      solved: i32[L], by number of the episode: gates when it first came within chemical accuracy, 0 if it never
+        did, -1 while it has not ended. length: i32[L], gates at its end.
       lowest: the circuit of lowest search energy. shortest: of fewest gates with a noiseless error below
         chemical accuracy, of those the lowest error; gates, depth and cnots are D + 1 where there is none.
       energies: f64[], energies the inner optimiser asked for, and one a step. least_error: f[], noiseless.
     """
 
-    success: jax.Array
+    solved: jax.Array
     length: jax.Array
     lowest: Found
     shortest: Found
@@ -101,7 +105,7 @@ class Records(NamedTuple):
 
 class EnvState(NamedTuple):
     """circuit: Placed[E]. angles: f[E, D]. energy: f[E], before the next gate. cap, number: i32[E]. solved:
-    bool[E]. The rest is shared: best energy f[], next number i32[], switches, records."""
+    i32[E], as in Records, of the circuit that grows. The rest is shared: best energy f[], next number i32[], switches, records."""
 
     circuit: pm.Placed
     angles: jax.Array
@@ -214,7 +218,7 @@ def architecture_env(task: Task, num_envs: int, num_episodes: int) -> Architectu
         circuit, angles, e = fresh()
         rule = switches.threshold.rule
         records = Records(
-            jnp.full(num_episodes, -1, jnp.int8),
+            jnp.full(num_episodes, -1, jnp.int32),
             jnp.zeros(num_episodes, jnp.int32),
             nothing(),
             nothing(),
@@ -227,7 +231,7 @@ def architecture_env(task: Task, num_envs: int, num_episodes: int) -> Architectu
             e,
             caps(switches, key),
             jnp.arange(num_envs, dtype=jnp.int32),
-            jnp.zeros(num_envs, bool),
+            jnp.zeros(num_envs, jnp.int32),
             jnp.asarray(rule.e_ref + switches.threshold.xi, h_noisy.dtype),
             jnp.int32(num_envs),
             switches,
@@ -261,8 +265,9 @@ def architecture_env(task: Task, num_envs: int, num_episodes: int) -> Architectu
             e = e + sigma * jax.random.normal(k_shots, e.shape, e.dtype)
         success = jnp.abs(e - rule.e_ref) < sw.threshold.xi
         last = grown.count >= d
-        terminated = success | last
-        truncated = (index == state.cap) & ~terminated
+        halted = index == state.cap
+        terminated = success | last | (halted & sw.halt_ends)
+        truncated = halted & ~terminated
         over = terminated | truncated
         reward = reward_of(e, state.energy, rule.e_ref, success, last)
         best = jnp.minimum(state.best, e.min())
@@ -274,7 +279,7 @@ def architecture_env(task: Task, num_envs: int, num_episodes: int) -> Architectu
         threshold, _ = jax.lax.scan(end, sw.threshold, (over, success))
         error = jnp.abs(bare - e_true)
         hit = error < CHEMICAL_ACCURACY
-        solved = state.solved | hit
+        solved = jnp.where((state.solved == 0) & hit, grown.count, state.solved)
         cnots = (grown.action < n * (n - 1)).sum(1, dtype=jnp.int32)
         found = Found(
             grown.action, angles, grown.count, jax.vmap(lambda c: c.depth)(grown), cnots, e, error
@@ -283,7 +288,7 @@ def architecture_env(task: Task, num_envs: int, num_episodes: int) -> Architectu
         at = jnp.where(over, state.number, num_episodes)  # beyond the end: dropped
         counted = state.number < num_episodes  # later episodes only keep the others company
         records = Records(
-            old.success.at[at].set(solved.astype(jnp.int8), mode="drop"),
+            old.solved.at[at].set(solved, mode="drop"),
             old.length.at[at].set(grown.count, mode="drop"),
             better(old.lowest, found, lambda f: (f.energy, f.gates), counted),
             better(old.shortest, found, lambda f: (f.gates, f.error), counted & hit),
@@ -305,7 +310,7 @@ def architecture_env(task: Task, num_envs: int, num_episodes: int) -> Architectu
             energy,
             pick(caps(sw, k_caps), state.cap),
             pick(state.upcoming + rank.astype(jnp.int32), state.number),
-            solved & ~over,
+            jnp.where(over, 0, solved),
             best,
             state.upcoming + over.sum(dtype=jnp.int32),
             sw._replace(threshold=threshold),

@@ -227,6 +227,16 @@ def queue_gates(qml: Any, spec: CircuitSpec, angles: Any) -> None:
             getattr(qml, _PENNYLANE[code])(*values, wires=wires)
 
 
+def drawing_rows(spec: CircuitSpec) -> np.ndarray:
+    """f64[G, 6] of one circuit as a page draws it (qlab.lab.circuit_plot): gate, q0, q1, three angles.
+
+    >>> drawing_rows(circuit_spec([("CNOT", [0, 1])])).tolist()
+    [[8.0, 0.0, 1.0, 0.0, 0.0, 0.0]]
+    """
+    places = np.stack([np.asarray(a, float) for a in (spec.gate, spec.q0, spec.q1)], -1)
+    return np.concatenate([places, np.asarray(spec.angle, float)], -1)
+
+
 def pennylane_state(spec: CircuitSpec, num_qubits: int, angles: Any = None) -> np.ndarray:
     """c128[2^n] of one circuit from PennyLane's default.qubit, gate by gate: the reference."""
     qml = pennylane()

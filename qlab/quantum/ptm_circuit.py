@@ -65,12 +65,11 @@ def noise_tables(model: nm.NoiseModel, num_qubits: int) -> NoiseTables:
         if k == 2:
             gates[code, 0] = after @ pt.fixed_ptm(_TWO[code])
         elif code in (RX, RX + 1, RZ):
-            quarter = [np.asarray(pt.ptm_rotation(code - RX + 1, t * np.pi / 2)) for t in range(3)]  # pyright: ignore[reportArgumentType]
-            const = (
-                quarter[0] + quarter[2]
-            ) / 2  # of R(0), R(pi/2), R(pi): const +- cos, const + sin
-            parts = (const, quarter[0] - const, quarter[1] - const)
-            gates[code] = [np.kron(after @ part.round(6), eye) for part in parts]
+            angles = jnp.arange(3) * (np.pi / 2)
+            turned = [np.asarray(pt.ptm_rotation(code - RX + 1, t)).round(6) for t in angles]
+            const = (turned[0] + turned[2]) / 2  # R(0), R(pi/2), R(pi): const + cos, + sin, - cos
+            parts = (const, turned[0] - const, turned[1] - const)
+            gates[code] = [np.kron(after @ part, eye) for part in parts]
         elif code != U3:
             gates[code, 0] = np.kron(after @ pt.fixed_ptm(_FIXED[code]), eye)
     readout = np.stack([np.asarray(nm.readout_ptm(model, q)) for q in range(num_qubits)])

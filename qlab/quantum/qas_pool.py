@@ -215,6 +215,16 @@ def flat_rows(g: Graph) -> jax.Array:
     return jnp.concatenate([g.ops.reshape(g.ops.shape[0], -1), g.adj[:, i, j]], 1)
 
 
+def mean_rows(g: Graph) -> jax.Array:
+    """f32[P, 13 + n]: how often each gate and each qubit occurs, over the nodes; knows no edge and no order.
+
+    >>> g = encode_graph(cs.circuit_spec([("H", [0]), ("CNOT", [0, 1])]), 2)
+    >>> (4 * mean_rows(jax.tree.map(lambda x: x[None], g)))[0, 13:].tolist()
+    [4.0, 3.0]
+    """
+    return (g.ops * g.live[..., None]).sum(-2) / g.live.sum(-1, keepdims=True)
+
+
 def is_valid(types: jax.Array) -> jax.Array:
     """bool[...]: types i[..., N] starts with START, ends with END, and has gates between."""
     inner = types[..., 1:-1]

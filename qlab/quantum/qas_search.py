@@ -186,12 +186,18 @@ class EvolutionSpec(NamedTuple):
     start: int = 16
 
 
-def mutate(key: jax.Array, spec: CircuitSpec, num_qubits: int) -> CircuitSpec:
-    """One slot of a circuit becomes another random gate on random qubits, drawn as pools are."""
+def mutate(
+    key: jax.Array,
+    spec: CircuitSpec,
+    num_qubits: int,
+    gate_set: tuple[str, ...] = cs.GATES[1:],
+) -> CircuitSpec:
+    """One used slot of a circuit becomes a random gate of gate_set on random qubits, drawn as pools are."""
     k_slot, k_gate, k_q, k_other = jax.random.split(key, 4)
     used = jnp.asarray(spec.gate) != cs.NOOP
     slot = jax.random.categorical(k_slot, jnp.where(used, 0.0, -jnp.inf))
-    gate = jax.random.randint(k_gate, (), 1, len(cs.GATES))
+    codes = jnp.array([cs.GATES.index(g) for g in gate_set], jnp.int32)
+    gate = jax.random.choice(k_gate, codes)
     q0 = jax.random.randint(k_q, (), 0, num_qubits)
     hop = jnp.where(gate == cs.CNOT, 1, jax.random.randint(k_other, (), 1, max(num_qubits, 2)))
     q1 = jnp.where(jnp.asarray(cs.NUM_QUBITS)[gate] == 2, (q0 + hop) % num_qubits, q0)
@@ -202,7 +208,7 @@ def mutate(key: jax.Array, spec: CircuitSpec, num_qubits: int) -> CircuitSpec:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "num_qubits", "mask"))
+@functools.partial(jax.jit, static_argnames=("spec", "num_qubits", "mask", "gate_set"))
 def evolution_search(
     key: jax.Array,
     raw: jax.Array,
@@ -212,6 +218,7 @@ def evolution_search(
     *,
     num_qubits: int,
     mask: str = "unsigned",
+    gate_set: tuple[str, ...] = cs.GATES[1:],
 ) -> SearchResult:
     """Regularised evolution inside the pool: the best of a tournament among the latest circuits is mutated in one
     gate, and the unvisited circuit whose encoding is nearest to the child's is evaluated.
@@ -233,7 +240,7 @@ def evolution_search(
         alive = jnp.minimum(t, spec.population)
         rivals = t - 1 - jax.random.randint(k_pick, (spec.tournament,), 0, alive)
         parent = order[rivals[score[rivals].argmax()]]
-        born = mutate(k_change, jax.tree.map(lambda x: x[parent], pool), num_qubits)
+        born = mutate(k_change, jax.tree.map(lambda x: x[parent], pool), num_qubits, gate_set)
         graph = jax.tree.map(lambda x: x[None], qp.encode_graph(born, num_qubits, mask))
         to = _nearest(raw, qp.flat_rows(graph)[0], visited)
         score = score.at[t].set(score_fn(to).astype(jnp.float32))

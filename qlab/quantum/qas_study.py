@@ -24,7 +24,7 @@ from qlab.quantum import qas_tasks as qt
 from qlab.quantum import qas_vae as qv
 from qlab.quantum.circuit_spec import CircuitSpec
 
-EMBEDDINGS = ("learnt", "untrained", "raw", "pca")
+EMBEDDINGS = ("learnt", "untrained", "raw", "pca", "counts")
 SEARCHES = ("random", "reinforce", "bo", "evo", "predictor")
 NUM_PAIRS = 100_000  # of circuits, for the correlation of distance and score
 TOP, NEIGHBOURS = 50, 10
@@ -117,11 +117,15 @@ class Embedded(NamedTuple):
 def _embedding(seed: tuple[int, ...], kind: str, spec: StudySpec) -> Embedded:
     graphs = _pool(seed, spec.pool, spec.mask, spec.terminals).graphs
     none = np.zeros(0, np.float32)
+    if kind == "counts":
+        return Embedded(np.asarray(qp.mean_rows(graphs)), none, {})
     if kind in ("raw", "pca"):
         raw = np.asarray(qp.flat_rows(graphs))
         return Embedded(raw if kind == "raw" else pca(raw, spec.vae.latent_dim), none, {})
     if kind == "untrained":
-        vae = qv.gin_vae_init(_key(seed, 4), graphs.ops.shape[-1], spec.vae)
+        k_init, k_norms = jax.random.split(_key(seed, 4))
+        vae = qv.gin_vae_init(k_init, graphs.ops.shape[-1], spec.vae)
+        vae = qv.settle_norms(k_norms, vae, graphs)
         return Embedded(np.asarray(qv.embed_pool(vae, graphs, spec.vae.pool_nodes)), none, {})
     held = max(1, round(spec.val_share * spec.pool.size))
     train, val = (
@@ -136,7 +140,11 @@ def _embedding(seed: tuple[int, ...], kind: str, spec: StudySpec) -> Embedded:
 
 
 def embedding_of(key: jax.Array, kind: str, spec: StudySpec) -> Embedded:
-    """The pool in an embedding of EMBEDDINGS; the VAE trains on all but the first val_share of the pool."""
+    """The pool in an embedding of EMBEDDINGS.
+
+    learnt: the VAE's, trained on all but the first val_share of the pool. untrained: the same net as it starts, its
+    batch norms settled on the pool. raw: rows and edges, flat. pca: its leading latent_dim axes. counts: `mean_rows`.
+    """
     if kind not in EMBEDDINGS:
         raise UserError(f"embedding={kind!r}{nearest(kind, EMBEDDINGS)}")
     return _embedding(_data(key), kind, spec._replace(tasks=(), num_targets=0))
@@ -188,7 +196,7 @@ def check_search(spec: SearchSpec, pool: qp.PoolSpec) -> SearchSpec:
     return spec
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "num_qubits", "mask"))
+@functools.partial(jax.jit, static_argnames=("spec", "drawn", "mask"))
 def _runs(
     keys: jax.Array,
     points: Any,
@@ -196,10 +204,10 @@ def _runs(
     score_fn: Any,
     task: qs.Reward,
     spec: SearchSpec,
-    num_qubits: int,
+    drawn: qp.PoolSpec,
     mask: str,
 ) -> jax.Array:
-    """order i32[R, Q] of one search from every key."""
+    """order i32[R, Q] of one search from every key i[R]."""
 
     def one(key):
         if spec.search == "random":
@@ -211,7 +219,8 @@ def _runs(
             return qs.reinforce_search(key, points, score_fn, spec.reinforce, task).order
         if spec.search == "evo":
             return qs.evolution_search(key, points, pool.specs, score_fn, spec.evolution,
-                                       num_qubits=num_qubits, mask=mask).order  # fmt: skip
+                                       num_qubits=drawn.num_qubits, mask=mask,
+                                       gate_set=drawn.gate_set).order  # fmt: skip
         return qs.predictor_search(key, pool.graphs, score_fn, spec.predictor).order
 
     return jax.lax.map(one, keys)
@@ -223,6 +232,13 @@ def threshold_of(task: str, search: SearchSpec) -> float:
     if task not in known:
         raise UserError(f"task {task} has no threshold; give config.threshold.{task}")
     return known[task]
+
+
+def prepare(key: jax.Array, spec: StudySpec, search: SearchSpec) -> None:
+    """Computes what the seed's searches look up, so that a study's time left is told from searches alone."""
+    labels_of(key, spec)
+    if search.search in ("bo", "reinforce"):
+        embedding_of(key, search.embedding, spec)
 
 
 def run_task(key: jax.Array, task: int, spec: StudySpec, search: SearchSpec) -> np.ndarray:
@@ -246,7 +262,7 @@ def run_task(key: jax.Array, task: int, spec: StudySpec, search: SearchSpec) -> 
     data = pool._replace(specs=jax.tree.map(jnp.asarray, pool.specs))
     # what the program does not depend on stays out of its name
     bare = search._replace(embedding="", runs=0, scale="", thresholds=())
-    order = _runs(keys, points, data, table, about, bare, spec.pool.num_qubits, spec.mask)
+    order = _runs(keys, points, data, table, about, bare, spec.pool, spec.mask)
     return np.asarray(order)
 
 
@@ -322,10 +338,9 @@ def study_numbers(
     """{"task/metric": number, name: curve}: what an arm reports, from orders i[T, R, Q]."""
     names, labels = task_names(spec), labels_of(key, spec)
     embedded = None
-    if search.search in ("bo", "reinforce"):
-        embedded = embedding_of(key, search.embedding, spec)
     smooth: list[dict[str, float]] = [{} for _ in names]
-    if embedded is not None:
+    if search.search == "bo":  # REINFORCE's arms would give the same
+        embedded = embedding_of(key, search.embedding, spec)
         smooth = latent_numbers(_key(_data(key), 5), embedded.points, labels)
     by_task: dict[str, list[dict[str, Any]]] = {}
     for name, order, scores, more in zip(names, orders, labels, smooth, strict=True):

@@ -65,21 +65,53 @@ class _Energies(NamedTuple):
         n = task.observable.num_qubits
         noisy, clean = pc.noise_tables(task.noise, n), pc.noise_tables(NoiseModel(), n)
         h = to_coords(task.observable)
-        seen = (pc.effective_observable(h, t) for t in (noisy, clean))
-        return cls(noisy, clean, *seen, ground_energy(task.observable))  # pyright: ignore[reportCallIssue]
+        seen, bare = (pc.effective_observable(h, t) for t in (noisy, clean))
+        return cls(noisy, clean, seen, bare, ground_energy(task.observable))
 
     def optimise(self, specs: CircuitSpec, starts: np.ndarray, sweeps: int, block: int):
-        """Best energies f[C] and angles f[C, D] of circuits with leading axis C over starts f[R, D]."""
-        given = jax.tree.map(jnp.asarray, (self.noisy, self.h, specs, starts))
-        return jax.tree.map(np.asarray, _optimise_all(*given, sweeps=sweeps, block=block))
+        """Best energies f[C] and angles f[C, D] over starts f[R, D], by Rotosolve; specs with leading axis C.
+
+        One program whatever C is: `block` circuits a call, the last call filled up with the first circuit.
+        """
+        count = len(specs.gate)
+        found = []
+        for first in range(0, count, block):
+            at = np.arange(first, first + block)
+            some = jax.tree.map(lambda x, at=at: x[np.where(at < count, at, 0)], specs)
+            found.append(_optimise_block(self.noisy, self.h, some, starts, sweeps))
+        e, angles = (np.concatenate(x)[:count] for x in zip(*found, strict=True))
+        return e, angles
 
     def score(self, spec: CircuitSpec, circuits: int = 1) -> Scored:
-        angles, n = jnp.asarray(spec.angle)[:, 0], self.noisy.readout.shape[0]
-        e = pc.energy(pc.wiring(spec, self.noisy, n), angles, self.h)
-        bare = pc.energy(pc.wiring(spec, self.clean, n), angles, self.h_clean)
+        e, bare = _two_energies(self, spec)
         gate = np.asarray(spec.gate)
         sizes = int((gate > 0).sum()), depth_of(spec), int((gate == CNOT).sum())
         return Scored(spec, float(e), abs(float(bare) - self.e_true), *sizes, circuits)
+
+
+@jax.jit
+def _two_energies(task: _Energies, spec: CircuitSpec) -> tuple[jax.Array, jax.Array]:
+    """f[], f[]: with the noise and without."""
+    angles, n = jnp.asarray(spec.angle)[:, 0], task.noisy.readout.shape[0]
+    e = pc.energy(pc.wiring(spec, task.noisy, n), angles, task.h)
+    return e, pc.energy(pc.wiring(spec, task.clean, n), angles, task.h_clean)
+
+
+@functools.partial(jax.jit, static_argnames="sweeps")
+def _optimise_block(
+    tables: pc.NoiseTables, h: jax.Array, specs: CircuitSpec, starts: jax.Array, sweeps: int
+) -> tuple[jax.Array, jax.Array]:
+    def one(spec: CircuitSpec):
+        wires = pc.wiring(spec, tables, tables.readout.shape[0])
+
+        def run(angles):
+            angles = jax.lax.fori_loop(0, sweeps, lambda i, x: pc.descend(wires, x, h), angles)
+            return pc.energy(wires, angles, h), angles
+
+        e, x = jax.vmap(run)(starts)
+        return e.min(), x[e.argmin()]
+
+    return jax.vmap(one)(specs)
 
 
 def every_circuit(num_gates: int, num_qubits: int) -> np.ndarray:
@@ -115,30 +147,6 @@ def _legal(rows: np.ndarray, table: pm.Actions, n: int) -> np.ndarray:
     return (last[at, table.q0[new]] != new) | (last[at, table.q1[new]] != new)
 
 
-@functools.partial(jax.jit, static_argnames=("sweeps", "block"))
-def _optimise_all(
-    tables: pc.NoiseTables,
-    h: jax.Array,
-    specs: CircuitSpec,
-    starts: jax.Array,
-    sweeps: int,
-    block: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Best energies f[C] and angles f[C, D] over starts f[R, D], by Rotosolve; specs with leading axis C."""
-
-    def one(spec: CircuitSpec):
-        wires = pc.wiring(spec, tables, tables.readout.shape[0])
-
-        def run(angles):
-            angles = jax.lax.fori_loop(0, sweeps, lambda i, x: pc.descend(wires, x, h), angles)
-            return pc.energy(wires, angles, h), angles
-
-        e, x = jax.vmap(run)(starts)
-        return e.min(), x[e.argmin()]
-
-    return jax.lax.map(one, specs, batch_size=block)
-
-
 def exhaustive(
     task: Task, max_gates: int, num_starts: int = 2, sweeps: int = 12
 ) -> tuple[Scored, ...]:
@@ -146,12 +154,14 @@ def exhaustive(
     energies, n, found = _Energies.of(task), task.observable.num_qubits, []
     rng = np.random.default_rng(0)
     table = pm.actions(n)
+    starts = rng.uniform(0, 2 * np.pi, (num_starts, max_gates))
+    starts[0] = 0.0
     for gates in range(1, max_gates + 1):
         rows = every_circuit(gates, n)
-        starts = rng.uniform(0, 2 * np.pi, (num_starts, gates))
-        starts[0] = 0.0
-        zeros = np.zeros((*rows.shape, 3))
-        specs = CircuitSpec(*(x[rows] for x in table), zeros)  # pyright: ignore[reportCallIssue]
+        padded = np.full((len(rows), max_gates), pm.num_actions(n))  # "no gate" behind the others
+        padded[:, :gates] = rows
+        zeros = np.zeros((*padded.shape, 3))
+        specs = CircuitSpec(table.gate[padded], table.q0[padded], table.q1[padded], zeros)
         e, angles = energies.optimise(specs, starts, sweeps, 256)
         best = int(e.argmin())
         spec = jax.tree.map(lambda x, b=best: x[b], specs)
@@ -171,14 +181,14 @@ def hardware_efficient(
     task: Task, max_layers: int = 3, num_starts: int = 16, sweeps: int = 200
 ) -> tuple[Scored, ...]:
     """The ansatz with 0..max_layers entangling layers, best of random starts."""
-    energies, found = _Energies.of(task), []
-    rng = np.random.default_rng(0)
+    energies, n, found = _Energies.of(task), task.observable.num_qubits, []
+    slots = len(hea_ops(n, max_layers))
+    starts = np.random.default_rng(0).uniform(0, 2 * np.pi, (num_starts, slots))
     for layers in range(max_layers + 1):
-        spec = circuit_spec(hea_ops(task.observable.num_qubits, layers))
-        starts = rng.uniform(0, 2 * np.pi, (num_starts, spec.num_slots))
+        spec = circuit_spec(hea_ops(n, layers), slots)
         one = jax.tree.map(lambda x: x[None], spec)
         _, angles = energies.optimise(one, starts, sweeps, 1)
-        full = np.zeros((spec.num_slots, 3))
+        full = np.zeros((slots, 3))
         full[:, 0] = angles[0]
         found.append(energies.score(spec._replace(angle=full)))
     return tuple(found)

@@ -48,8 +48,8 @@ class Agent(NamedTuple):
     init: Callable[[jax.Array], Any]
     act: Callable[..., jax.Array]
     update: Callable[[Any, jax.Array, Transition], tuple[Any, dict[str, jax.Array]]]
-    value: Callable[[Any, jax.Array], jax.Array] | None = None
-    q_value: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None
+    value: Callable[[Any, Any], jax.Array] | None = None
+    q_value: Callable[[Any, Any, jax.Array], jax.Array] | None = None
 
 
 class LearnerState(NamedTuple):

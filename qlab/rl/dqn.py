@@ -188,4 +188,4 @@ def double_dqn(
     def q_value(state: DQNState, obs: Obs, action: jax.Array) -> jax.Array:
         return jnp.take_along_axis(net.apply(state.params, obs[0]), action[:, None], 1)[:, 0]
 
-    return Agent(init, act, update, value, q_value)  # pyright: ignore[reportArgumentType]
+    return Agent(init, act, update, value, q_value)

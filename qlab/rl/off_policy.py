@@ -1,7 +1,8 @@
 """Off-policy learning while acting: E environments in step, a window replay, updates between the steps.
 
 The environments are one function of all of them (they may share a curriculum), with the fields of
-`envs.env.TimeStep` and a leading axis E. An agent without `update` only acts.
+`envs.env.TimeStep` and a leading axis E. Whether the agent learns is a number in the state, so that a random agent runs the
+same program as the learner it is compared with.
 """
 
 from __future__ import annotations
@@ -37,23 +38,24 @@ class OnlineConfig(NamedTuple):
 
 
 class OnlineState(NamedTuple):
-    """key: of the steps. step: i32[]. agent: its state. env: states of all environments. obs: the next ones.
-    replay: (), where nothing is learned. metrics: of the last update."""
+    """key: of the steps. step: i32[]. learns: bool[]. agent: its state. env: states of all environments. obs: the
+    next ones. metrics: of the last update, 0 before the first."""
 
     key: jax.Array
     step: jax.Array
+    learns: jax.Array
     agent: Any
     env: Any
     obs: Any
-    replay: Windows | tuple
+    replay: Windows
     metrics: dict[str, jax.Array]
 
 
 class Online(NamedTuple):
-    """init: (key, state of the environments, their observations) -> state. step: state -> state, one step of all
-    environments and the updates after it; metrics of the last update are state.metrics."""
+    """init: (key, state of the environments, their observations, learns bool[]) -> state. step: state -> state, one
+    step of all environments and the updates after it; metrics of the last update are state.metrics."""
 
-    init: Callable[[jax.Array, Any, Any], OnlineState]
+    init: Callable[[jax.Array, Any, Any, Any], OnlineState]
     step: Callable[[OnlineState], OnlineState]
 
 
@@ -62,14 +64,12 @@ def off_policy(
     agent: Agent,
     config: OnlineConfig,
     *,
-    learns: bool = True,
     num_seeds: int = 1,
 ) -> Online:
-    """Acts, stores and learns.
+    """Acts, stores and, where the state says so, learns.
 
     Args:
       env_step: (states, actions [E], key) -> (states, TimeStep with leading axis E).
-      learns: False never updates nor stores.
       num_seeds: side by side, for the check of the memory.
     Raises:
       UserError: a replay too small for one window or for learning_starts, or too large for the memory.
@@ -85,42 +85,40 @@ def off_policy(
             next_obs=ts.final_obs,
         )
 
-    def init(key: jax.Array, env: Any, obs: Any) -> OnlineState:
+    def init(key: jax.Array, env: Any, obs: Any, learns: Any) -> OnlineState:
         k_agent = jax.random.fold_in(key, 0)
         state = agent.init(k_agent)
-        replay: Any = ()
-        metrics: dict[str, jax.Array] = {}
-        if learns:
-            action = jax.eval_shape(agent.act, state, key, obs)
-            ts = jax.eval_shape(env_step, env, action, key)[1]
-            row = jax.eval_shape(row_of, obs, action, ts)
-            num_envs = row.reward.shape[0]
-            held = c.capacity // num_envs
-            if held < c.n_step or held * num_envs < c.learning_starts:
-                raise UserError(
-                    f"replay_size={c.capacity}: learning_starts={c.learning_starts} rows and n_step={c.n_step} steps of "
-                    f"{num_envs} environments must fit"
-                )
-            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), row)
-            check_fits(num_seeds * replay_bytes(one, c.capacity), "replay_size")
-            replay = windows_init(row, c.capacity)
-            batch = jax.eval_shape(lambda r: window_sample(r, key, c.batch_size, c.n_step), replay)
-            names = jax.eval_shape(agent.update, state, key, batch)[1]
-            metrics = {k: jnp.zeros((), v.dtype) for k, v in names.items()}
+        action = jax.eval_shape(agent.act, state, key, obs)
+        ts = jax.eval_shape(env_step, env, action, key)[1]
+        row = jax.eval_shape(row_of, obs, action, ts)
+        num_envs = row.reward.shape[0]
+        held = c.capacity // num_envs
+        if held < c.n_step or held * num_envs < c.learning_starts:
+            raise UserError(
+                f"replay_size={c.capacity}: learning_starts={c.learning_starts} rows and n_step={c.n_step} steps of "
+                f"{num_envs} environments must fit"
+            )
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), row)
+        check_fits(num_seeds * replay_bytes(one, c.capacity), "replay_size")
+        replay = windows_init(row, c.capacity)
+        batch = jax.eval_shape(lambda r: window_sample(r, key, c.batch_size, c.n_step), replay)
+        names = jax.eval_shape(agent.update, state, key, batch)[1]
+        metrics = {k: jnp.zeros((), v.dtype) for k, v in names.items()}
         key = jax.random.fold_in(key, 1)
-        return OnlineState(key, jnp.int32(0), state, env, obs, replay, metrics)
+        learns = jnp.asarray(learns, bool)
+        return OnlineState(key, jnp.int32(0), learns, state, env, obs, replay, metrics)
 
     def learn(state: OnlineState, key: jax.Array) -> OnlineState:
         def update(carry, k):
-            batch = window_sample(state.replay, k[0], c.batch_size, c.n_step)  # pyright: ignore[reportArgumentType]
+            batch = window_sample(state.replay, k[0], c.batch_size, c.n_step)
             return agent.update(carry[0], k[1], batch), None
 
         def updates(carry):
             return jax.lax.scan(update, carry, jax.random.split(key, (c.updates_per_step, 2)))[0]
 
-        ready = window_ready(state.replay, c.learning_starts, c.n_step)  # pyright: ignore[reportArgumentType]
+        ready = window_ready(state.replay, c.learning_starts, c.n_step)
         carry = (state.agent, state.metrics)
-        new, metrics = jax.lax.cond(ready, updates, lambda x: x, carry)
+        new, metrics = jax.lax.cond(ready & state.learns, updates, lambda x: x, carry)
         return state._replace(agent=new, metrics=metrics)
 
     def step(state: OnlineState) -> OnlineState:
@@ -128,11 +126,9 @@ def off_policy(
         action = agent.act(state.agent, k_act, state.obs)
         env, ts = env_step(state.env, action, k_env)
         row = row_of(state.obs, action, ts)
-        state = state._replace(step=state.step + 1, env=env, obs=ts.obs)
-        if not learns:
-            return state
-        replay = windows_add(state.replay, row, ts.terminated | ts.truncated)  # pyright: ignore[reportArgumentType]
-        return learn(state._replace(replay=replay), k_learn) if c.updates_per_step else state
+        replay = windows_add(state.replay, row, ts.terminated | ts.truncated)
+        state = state._replace(step=state.step + 1, env=env, obs=ts.obs, replay=replay)
+        return learn(state, k_learn) if c.updates_per_step else state
 
     return Online(init, step)
 
@@ -144,7 +140,7 @@ class OnlineTask(NamedTuple):
       loop: `off_policy`. reset: key -> (states of the environments, observations).
       busy: (their states, n i32[]) -> bool[], one of the first n episodes has not ended.
       metrics: (their states, number of the first episode, count) -> scalars of a round of `count` episodes.
-      results: their states -> results, on the host, at the end.
+      results: their states -> results, on the host, at the end. learns: False keeps the agent as it starts.
     """
 
     loop: Online
@@ -152,6 +148,7 @@ class OnlineTask(NamedTuple):
     busy: Callable[[Any, jax.Array], jax.Array]
     metrics: Callable[[Any, jax.Array, int], dict[str, jax.Array]]
     results: Callable[[Any], Mapping[str, Any]]
+    learns: bool = True
 
 
 def online_rl(tasks: Mapping[str, OnlineTask], episodes: int, round_episodes: int) -> Experiment:
@@ -169,7 +166,8 @@ def online_rl(tasks: Mapping[str, OnlineTask], episodes: int, round_episodes: in
     def start(name: str) -> Callable[[jax.Array], Any]:
         def init(key: jax.Array) -> Any:
             key = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-            return tasks[name].loop.init(key, *tasks[name].reset(jax.random.fold_in(key, 2)))
+            task = tasks[name]
+            return task.loop.init(key, *task.reset(jax.random.fold_in(key, 2)), task.learns)
 
         return jax.jit(init)
 

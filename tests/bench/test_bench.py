@@ -213,7 +213,7 @@ def test_quantum_agrees_and_says_what_is_absent(tmp_path, monkeypatch):
     from qlab.benches import quantum
 
     monkeypatch.setitem(quantum.NEEDS, "aer", "no_such_package")
-    result = run_quick("quantum", tmp_path, qubits=(2,), blocks=1, repetitions=3)
+    result = run_quick("quantum", tmp_path, qubits=(2,), states=(), blocks=1, repetitions=3)
     rows = check_folder(result, "quantum")
     errors = {r["arm"]: r["value"] for r in rows if r["metric"] == "max_error"}
     assert set(errors) == {"ptm", "default.mixed", "density"}
@@ -230,12 +230,21 @@ def test_quantum_agrees_and_says_what_is_absent(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_noiseless_contestants_agree(tmp_path):
+    result = run_quick("quantum", tmp_path, qubits=(), states=(3,), repetitions=3)
+    rows = check_folder(result, "quantum")
+    ok = {r["arm"] for r in rows if r["metric"] == "call_ms" and r["status"] == "ok"}
+    assert {"qlab", "raw", "default.qubit", "lightning"} <= ok
+    assert max(r["value"] for r in rows if r["metric"] == "max_error") < 1e-12
+
+
+@pytest.mark.slow
 def test_a_simulator_that_disagrees_is_failed(tmp_path, monkeypatch):
     from qlab.benches import quantum
 
     wrong = {"ptm": quantum.ptm, "density": lambda n, b, lam: quantum.density(n, b, lam * 1.01)}
     monkeypatch.setattr(quantum, "CONTESTANTS", wrong)
-    result = run_quick("quantum", tmp_path, qubits=(2,), blocks=1, repetitions=3)
+    result = run_quick("quantum", tmp_path, qubits=(2,), states=(), blocks=1, repetitions=3)
     rows = [r for r in result.rows if r["arm"] == "density" and r["metric"] == "call_ms"]
     assert [r["status"] for r in rows] == ["failed"]
     assert "differs from ptm" in rows[0]["note"]
@@ -243,7 +252,7 @@ def test_a_simulator_that_disagrees_is_failed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["runner", "startup", "search", "quantum", "kernels"])
+@pytest.mark.parametrize("name", ["runner", "startup", "search", "quantum", "kernels", "ptq"])
 def test_quick(name, tmp_path):
     """Each as a person calls it; the last line is the summary."""
     done = subprocess.run(

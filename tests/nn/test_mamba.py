@@ -35,12 +35,15 @@ def net():
 @pytest.fixture(scope="module")
 def params(net):
     leaves, tree = jax.tree.flatten(net.init(jax.random.key(0)))
-    key = jax.random.key(7)  # norms, D and biases that are not 1 and 0
-    noise = [
-        0.2 * np.asarray(jax.random.normal(jax.random.fold_in(key, a.size), a.shape))
-        for a in leaves
-    ]
-    return jax.tree.unflatten(tree, [a + n for a, n in zip(leaves, noise, strict=True)])
+    rng = np.random.default_rng(7)  # norms, D and biases that are not 1 and 0
+    moved = [np.asarray(a) + 0.2 * rng.standard_normal(a.shape, np.float32) for a in leaves]
+    return jax.tree.unflatten(tree, [jnp.asarray(a) for a in moved])
+
+
+@pytest.fixture(scope="module")
+def mixer(net):
+    """(params, x f32[2, 9, 8]) -> the first mixer's output."""
+    return jax.jit(lambda p, x: net.groups[1].block(p, x))
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +77,27 @@ def scanned(x, dt, a, b, c, d, h0):
     return hs, (hs * c[..., None, :]).sum(-1) + d * x
 
 
-@pytest.mark.parametrize("t", [1, 2, 7])
-@pytest.mark.parametrize("lead", [(), (2, 1)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("t", "lead"),
+    [
+        (1, ()),
+        (7, (2, 1)),
+        *(pytest.param(*c, marks=SLOW) for c in ((2, ()), (7, ()), (2, (2, 1)))),
+    ],
+)
 def test_both_scans_equal_the_recurrence(t, lead):
     given = arguments(t, lead=lead)
     h, y = scanned(*given)
     x, dt, a, b, c, d, h0 = (jnp.asarray(v, jnp.float32) for v in given)
-    for scan in (ssm_states, ssm_states_loop):
+    for scan in map(jax.jit, (ssm_states, ssm_states_loop)):
         np.testing.assert_allclose(scan(x, dt, a, b, h0), h, rtol=2e-5, atol=2e-5)
         zero = scanned(*given[:-1], np.zeros_like(given[-1]))[0]
         np.testing.assert_allclose(scan(x, dt, a, b), zero, rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(selective_scan(x, dt, a, b, c, d, h0), y, rtol=2e-5, atol=2e-5)
+    got = jax.jit(selective_scan)(x, dt, a, b, c, d, h0)
+    np.testing.assert_allclose(got, y, rtol=2e-5, atol=2e-5)
 
 
 def test_causal_conv_is_numpys():
@@ -98,9 +111,9 @@ def test_causal_conv_is_numpys():
     )
 
 
-def test_mixer_equals_the_equations_written_out(net, params):
+def test_mixer_equals_the_equations_written_out(mixer, params):
     p = jax.tree.map(np.float64, pick(params[1], 0))
-    x = np.random.default_rng(3).standard_normal((2, 6, 8))
+    x = np.random.default_rng(3).standard_normal((2, 9, 8))
 
     def k(site):
         return p[site]["kernel"]
@@ -111,20 +124,20 @@ def test_mixer_equals_the_equations_written_out(net, params):
     u = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * p["norm"]["scale"]
     v, g = u @ k("w_s"), u @ k("w_g")
     padded = np.pad(v, ((0, 0), (3, 0), (0, 0)))
-    v = sum(padded[:, i : i + 6] * k("conv")[:, i] for i in range(4)) + p["conv"]["bias"]
+    v = sum(padded[:, i : i + 9] * k("conv")[:, i] for i in range(4)) + p["conv"]["bias"]
     v = silu(v)
     dt = np.log1p(np.exp(v @ k("w_xdt") @ k("w_dt") + p["w_dt"]["bias"]))
     a = -np.exp(p["a_log"])
     _, y = scanned(v, dt, a, v @ k("w_B"), v @ k("w_C"), p["d"], np.zeros((2, 16, 4)))
     want = x + (y * silu(g)) @ k("w_o")
-    got = net.groups[1].block(pick(params[1], 0), jnp.asarray(x, jnp.float32))
+    got = mixer(pick(params[1], 0), jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
 
 
-def test_no_token_sees_a_later_one(net, params):
-    block, p = net.groups[1].block, pick(params[1], 1)
-    x = jax.random.normal(jax.random.key(2), (1, 9, 8))
-    y, moved = block(p, x), block(p, x.at[:, 5].add(1.0))
+def test_no_token_sees_a_later_one(mixer, params):
+    p = pick(params[1], 1)
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 9, 8)), jnp.float32)
+    y, moved = mixer(p, x), mixer(p, x.at[:, 5].add(1.0))
     np.testing.assert_array_equal(y[:, :5], moved[:, :5])
     assert float(jnp.abs(y - moved)[:, 8].max()) > 1e-6  # but a later one sees it, past the taps
 
@@ -142,7 +155,7 @@ def test_sites_of_a_mixer(net, params):
 
 
 def test_parts_are_identities_and_the_twin_is_the_same_function(net, params, x):
-    want = net.apply(params, x)
+    want = jax.jit(net.apply)(params, x)
     full = mamba(ALL)
     more = with_parts(params, ALL)
     like = jax.eval_shape(full.init, jax.random.key(0))

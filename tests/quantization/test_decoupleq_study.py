@@ -17,7 +17,13 @@ def test_every_claim_names_arms_and_a_measured_cell():
             assert name in experiment.METRICS
 
 
-@pytest.mark.parametrize("variant", config_file.VARIANTS)
+LARGE = ("ablation", "cnn", "full")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.slow if v in LARGE else ()) for v in config_file.VARIANTS],
+)
 def test_every_arm_of_every_variant_can_be_built(variant):
     c = config_file.get_config(variant)
     assert {t.name for t in experiment.tasks(c) if t.run or t.draw} == {c.anchor}
@@ -38,7 +44,15 @@ def test_switches_and_sweep_name_keys_of_the_config_and_other_values():
 
 def test_compared_arms_share_target_data_and_grid():
     c = config_file.get_config()
-    own = {"method", "learning_rate", "calibration", "unit", "block_steps", "target"}
+    own = {
+        "method",
+        "learning_rate",
+        "calibration",
+        "unit",
+        "block_step",
+        "block_learning_rate",
+        "target",
+    }
     for name, arm in c.arms.items():
         assert set(arm) <= own
         assert (arm_config(c, name).target == "fp") == name.endswith("_fp")

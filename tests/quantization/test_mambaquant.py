@@ -47,10 +47,15 @@ SIZE = MambaSize(chunk=2, dim=8, depth=2, states=4, rank=4, outputs=3, parts=tup
 WIDTHS = {"s1": 8, "s2": 16, "s3": 16, "s4": 4, "s5": 4, "s7": 16}
 
 
+def slow(*params):
+    """Parameters, each a tuple of the test's arguments, whose turn comes more rarely."""
+    return [pytest.param(*values, marks=pytest.mark.slow) for values in params]
+
+
 # -- rotations
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 24, 64])
+@pytest.mark.parametrize("n", [1, 12, 64, *slow((2,), (4,), (20,), (24,))])
 def test_hadamard_is_orthogonal_flat_and_what_fwht_computes(n):
     key = jax.random.key(n)
     r = np.asarray(hadamard(n, key), np.float64)
@@ -68,7 +73,7 @@ def test_unknown_orders_name_the_nearest(n, near):
         hadamard(n, jax.random.key(0))
 
 
-@pytest.mark.parametrize(("n", "rows"), [(4, 200), (12, 300), (8, 3), (16, 1)])
+@pytest.mark.parametrize(("n", "rows"), [(12, 300), (8, 3), *slow((4, 200), (16, 1))])
 def test_klt_hadamard_gives_every_channel_the_mean_variance(n, rows):
     with jax.enable_x64(True):
         rng = np.random.default_rng(n)
@@ -168,10 +173,8 @@ def same(apply, new, old, x):
 
 
 def random_scales(names, seed):
-    return {
-        n: 2.0 ** jax.random.uniform(jax.random.key(seed + i), (2, WIDTHS[n]), minval=-3, maxval=3)
-        for i, n in enumerate(names)
-    }
+    rng = np.random.default_rng(seed)
+    return {n: jnp.asarray(2.0 ** rng.uniform(-3, 3, (2, WIDTHS[n])), jnp.float32) for n in names}
 
 
 def random_rotations(names, seed):
@@ -228,13 +231,8 @@ def made(net, params, x):
     """{option: (params, channel ratios)}, each measured on x."""
     out = {}
     for name, options in OPTIONS.items():
-        transform = mambaquant(net, **options)
-
-        def go(p, x, key, transform=transform):
-            new = transform(p, x, key)
-            return new, channel_ratios(net, new, x)
-
-        out[name] = jax.jit(go)(params, x, jax.random.key(2))
+        new = mambaquant(net, **options)(params, x, jax.random.key(2))
+        out[name] = new, channel_ratios(net, new, x)
     return out
 
 
@@ -330,7 +328,7 @@ def test_states_have_eight_bits_and_a_range_for_each_token():
     assert float(static_and_token()(i._replace(site="w_o")).q_max) == 15
 
 
-@pytest.fixture(scope="module", params=[(8, 8), (4, 4)])
+@pytest.fixture(scope="module", params=[(8, 8), *slow(((4, 4),))])
 def quantized(request, net, made, x):
     w_bits, a_bits = request.param
     method = site_by_site(
@@ -352,6 +350,7 @@ def quantized(request, net, made, x):
     return tuple(out), x_q, x_fp
 
 
+@pytest.mark.slow  # of other nets test_sites has it in the fast part
 def test_packed_equals_fake(net, quantized, x):
     blocks, y, _ = quantized
     np.testing.assert_allclose(run_blocks(net, blocks, x), y, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,8 @@
-"""`quantize` on models that the lab does not define: nnx, linen and plain functions."""
+"""`quantize` on models that the lab does not define: nnx, linen and plain functions.
+
+All matrices are 16 x 16 and see 48 x 16 rows, whatever layer they lie in, so that the compiled programs are shared.
+Other shapes are the views' business, whose tests come last.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,29 +14,29 @@ from qlab.lab.errors import UserError
 from qlab.quantization import dequantize, quantize, quantize_matrix
 from qlab.quantization.layers import View, view_of
 
-X = jax.random.normal(jax.random.key(0), (48, 8, 8, 3))
+X = jax.random.normal(jax.random.key(0), (48, 8, 8, 4))  # patches of 2 x 2 give 16 tokens
 
 
 class Net(nnx.Module):
     """Convolution, attention, an einsum, lists, dropout: what other people's models hold."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(3, 16, (3, 3), strides=2, rngs=rngs)
+        self.conv = nnx.Conv(4, 16, (2, 2), strides=2, rngs=rngs)
         self.norm = nnx.BatchNorm(16, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
-        self.mix = nnx.Einsum("ntd,dhk->nthk", (16, 4, 5), (4, 5), rngs=rngs)
-        self.body = nnx.List([nnx.Linear(20, 20, rngs=rngs) for _ in range(2)])
+        self.mix = nnx.Einsum("ntd,dhk->nthk", (16, 2, 8), (2, 8), rngs=rngs)
+        self.body = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(2)])
         self.drop = nnx.Dropout(0.5, rngs=rngs)
-        self.head = nnx.Linear(20, 10, use_bias=False, rngs=rngs)
+        self.head = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
 
     def __call__(self, x):
         x = nnx.relu(self.norm(self.conv(x)))
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         x = x + self.attention(x)
-        x = self.mix(x).reshape(*x.shape[:2], 20)
+        x = self.mix(x).reshape(x.shape)
         for layer in self.body:
             x = self.drop(nnx.relu(layer(x)))
-        return self.head(x.mean(1))
+        return self.head(x).mean(1)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def test_the_model_runs_with_the_matrices_reported(net):
     assert set(result.weights) == {"head", "conv"}
     by_hand = evaluated(net)
     by_hand.head.kernel.set_value(dequantize(result.weights["head"]).T)
-    w = dequantize(result.weights["conv"]).reshape(16, 3, 3, 3)  # out, C, rows, columns
+    w = dequantize(result.weights["conv"]).reshape(16, 4, 2, 2)  # out, C, rows, columns
     by_hand.conv.kernel.set_value(w.transpose(2, 3, 1, 0))
     np.testing.assert_allclose(result.model(X), by_hand(X), rtol=1e-4, atol=1e-5)
     plain = quantize_matrix(net.head.kernel[...].T, method="rtn", bits=3)
@@ -103,13 +107,14 @@ def test_errors_of_earlier_layers_are_corrected_with_target_fp():
 class Linen(linen.Module):
     @linen.compact
     def __call__(self, x, train=True):
-        x = linen.relu(linen.Conv(8, (3, 3), padding="VALID")(x))
-        x = linen.relu(linen.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(x))
-        x = x.reshape(x.shape[0], -1, 8)
+        x = linen.relu(linen.Conv(16, (2, 2), strides=2, padding="VALID")(x))
+        x = linen.relu(linen.Conv(16, (3, 3), feature_group_count=16, name="depthwise")(x))
+        x = x.reshape(x.shape[0], -1, 16)
         x = linen.MultiHeadDotProductAttention(2)(x)
-        x = linen.DenseGeneral((4, 3), axis=-1)(x)
-        x = linen.DenseGeneral(12, axis=(-2, -1))(x)
-        return linen.Dropout(0.5, deterministic=not train)(linen.Dense(5)(x.mean(1)))
+        x = linen.DenseGeneral((2, 8), axis=-1)(x)
+        x = linen.DenseGeneral(16, axis=(-2, -1))(x)
+        x = linen.Dense(16)(x).mean(1)
+        return linen.Dropout(0.5, deterministic=not train)(x)
 
 
 def test_an_unedited_linen_module():
@@ -126,18 +131,18 @@ def test_an_unedited_linen_module():
     np.testing.assert_allclose(result.apply(X), y, atol=0.05 * float(jnp.abs(y).max()))
     np.testing.assert_allclose(jax.jit(result.apply)(X), result.apply(X), rtol=1e-3, atol=1e-4)
     (row,) = (r for r in result.rows if r.name == "depthwise")
-    assert row.note == "stays float: grouped convolution (feature_group_count=8)"
+    assert row.note == "stays float: grouped convolution (feature_group_count=16)"
     assert result.fallbacks == 1
     assert "grouped convolution" in repr(result)
 
 
 def test_a_function_of_params():
-    params = {"a": {"w": jax.random.normal(jax.random.key(0), (6, 4, 8)), "b": jnp.zeros(8)}}
+    params = {"a": {"w": jax.random.normal(jax.random.key(0), (4, 4, 16)), "b": jnp.zeros(16)}}
 
     def apply(p, x):
         return jnp.einsum("nij,ijo->no", x, p["a"]["w"]) + p["a"]["b"]
 
-    x = jax.random.normal(jax.random.key(1), (30, 6, 4))
+    x = jax.random.normal(jax.random.key(1), (768, 4, 4))
     result = quantize(apply, method="rtn", bits=8, variables=params)
     assert set(result.weights) == {"a/w"}
     np.testing.assert_allclose(result.apply(x), apply(params, x), atol=0.2)
@@ -154,18 +159,24 @@ def test_a_function_of_params():
 def test_shared_layers_are_quantized_once_and_traced_ones_stay_float():
     class Shared(nnx.Module):
         def __init__(self):
-            self.lin = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
-            self.inner = nnx.Linear(4, 4, rngs=nnx.Rngs(1))
+            self.lin = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+            self.inner = nnx.Linear(16, 16, rngs=nnx.Rngs(1))
 
         def __call__(self, x):
             x = self.lin(self.lin(x))
             return nnx.jit(lambda layer, x: layer(x))(self.inner, x)
 
-    x = jnp.ones((3, 4))
+    x = jax.random.normal(jax.random.key(0), (768, 16))
     result = quantize(Shared(), [x], method="gptq", bits=8)
     assert set(result.weights) == {"lin"}
     assert [r.name for r in result.rows if r.note] == ["inner"]
     assert "inside jit" in repr(result)
+
+
+def drawn(key, shape, dtype=jnp.float32):
+    """A kernel; JAX's own initialisers compile a program for each shape."""
+    del key
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
 
 
 @pytest.mark.parametrize(
@@ -178,10 +189,10 @@ def test_shared_layers_are_quantized_once_and_traced_ones_stay_float():
     ],
 )
 def test_views_of_einsums(text, x, k):
-    layer = nnx.Einsum(text, k, rngs=nnx.Rngs(0))
+    layer = nnx.Einsum(text, k, kernel_init=drawn, rngs=nnx.Rngs(0))
     view = view_of(layer, k)
     assert isinstance(view, View)
-    x, kernel = jax.random.normal(jax.random.key(0), x), layer.kernel[...]
+    x, kernel = drawn(None, x), layer.kernel[...]
     want = jnp.einsum(text, x, kernel)
     np.testing.assert_allclose(
         (view.rows(x) @ view.matrix(kernel).T).ravel(), want.ravel(), rtol=1e-4, atol=1e-5
@@ -193,10 +204,13 @@ def test_views_of_einsums(text, x, k):
 @pytest.mark.parametrize("padding", ["SAME", "VALID", 1])
 def test_views_of_convolutions(rank, padding):
     size = (3, 2, 3)[:rank]
-    layer = nnx.Conv(2, 5, size, strides=2, kernel_dilation=2, padding=padding, rngs=nnx.Rngs(0))
+    layer = nnx.Conv(
+        2, 5, size, strides=2, kernel_dilation=2, padding=padding, kernel_init=drawn,
+        bias_init=drawn, rngs=nnx.Rngs(0),
+    )  # fmt: skip
     view = view_of(layer, layer.kernel[...].shape)
     assert isinstance(view, View)
-    x = jax.random.normal(jax.random.key(0), (2, *(7, 8, 6)[:rank], 2))
+    x = drawn(None, (2, *(7, 8, 6)[:rank], 2))
     want = layer(x)
     got = view.rows(x) @ view.matrix(layer.kernel[...]).T + layer.bias[...]
     np.testing.assert_allclose(got.reshape(want.shape), want, rtol=1e-4, atol=1e-5)
@@ -205,9 +219,11 @@ def test_views_of_convolutions(rank, padding):
 
 def test_layers_without_a_matrix_say_why():
     assert "batch letters" in str(
-        view_of(nnx.Einsum("nhd,hdk->nhk", (2, 3, 4), rngs=nnx.Rngs(0)), (2, 3, 4))
+        view_of(
+            nnx.Einsum("nhd,hdk->nhk", (2, 3, 4), kernel_init=drawn, rngs=nnx.Rngs(0)), (2, 3, 4)
+        )
     )
-    circular = nnx.Conv(2, 2, (3,), padding="CIRCULAR", rngs=nnx.Rngs(0))
+    circular = nnx.Conv(2, 2, (3,), padding="CIRCULAR", kernel_init=drawn, rngs=nnx.Rngs(0))
     assert view_of(circular, (3, 2, 2)) == "padding='CIRCULAR'"
     assert view_of(object(), (2, 2)) == "object is no linear layer"
 
@@ -223,7 +239,7 @@ def test_layers_without_a_matrix_say_why():
         ({"granularity": "group:100"}, "attention|conv|body|head|mix"),
         ({"calibration": []}, "calibration holds no batch"),
         ({"calibration": None}, "needs calibration batches"),
-        ({"calibration": [X[:4], jnp.ones((4, 8, 8, 2))]}, "do not join"),
+        ({"calibration": [X[:4], jnp.ones((4, 8, 8, 3))]}, "do not join"),
         ({"calibration": [X.at[0, 0, 0, 0].set(jnp.nan)]}, "conv: its calibration inputs hold NaN"),
         ({"model": "net"}, "model is a str"),
     ],

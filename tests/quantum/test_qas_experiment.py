@@ -45,13 +45,14 @@ def run(c, arm, seed=0):
 @pytest.fixture(scope="module")
 def results():
     with jax.enable_x64(False):
-        c = tiny(tasks=("fidelity", "tfim"))
-        return c, {arm: run(c, arm) for arm in ("random", "bo_untrained")}
+        c = tiny()
+        return c, {arm: run(c, arm) for arm in ("random", "bo_counts")}
 
 
 def check(c, arm, out):
     assert {k.split("/")[-1] for k in out if "/" in k} <= set(qas.METRICS)
-    for task in configs.arm_config(c, arm).tasks:
+    values = configs.arm_config(c, arm)
+    for task in (*values.tasks, *values.extra_tasks):
         assert {f"{task}/{m}" for m in ("hits", "lift", "base_rate", "first", "regret")} <= set(out)
     drawn = {f.y for f in qas.FIGURES} | {f.x for f in qas.FIGURES}
     assert {k for k in out if "/" not in k} - {"maxcut_hits_curve", "maxcut_regret_curve",
@@ -64,10 +65,10 @@ def test_an_arm_reports_its_names_and_each_query_is_new(results):
     for arm, (state, out) in arms.items():
         check(c, arm, out)
         orders = np.asarray(state.order)
-        runs = configs.arm_config(c, arm).runs
-        assert orders.shape == (3, runs, 25)
+        values = configs.arm_config(c, arm)
+        assert orders.shape == (3 + len(values.extra_tasks), values.runs, 25)
         assert all(len(set(row)) == 25 for task in orders for row in task)
-        assert int(state.done) == 3
+        assert int(state.done) == len(orders)
 
 
 def test_numbers_are_those_counted_by_hand(results):
@@ -120,26 +121,29 @@ def test_pca_is_scikit_learns(rng):
 def test_arms_share_data_and_seeds_do_not(results):
     c, _ = results
     spec = {a: qas.specs(configs.arm_config(c, a))[0] for a in ("random", "bo_learnt", "evo")}
-    assert spec["random"] == spec["bo_learnt"] == spec["evo"]
+    assert spec["random"] == spec["bo_learnt"]
+    assert spec["evo"] == spec["random"]._replace(tasks=("fidelity", "tfim"))
+    shared = [study.labels_of(jax.random.key(0), spec[a]) for a in ("random", "evo")]
+    np.testing.assert_array_equal(shared[0][:3], shared[1])
     one, two = (study.pool_of(jax.random.key(k), spec["evo"]) for k in (0, 1))
     assert study.pool_of(jax.random.key(0), spec["bo_learnt"]) is one
     assert not np.array_equal(one.specs.gate, two.specs.gate)
     a, b = (study.labels_of(jax.random.key(k), spec["evo"]) for k in (0, 1))
     assert not np.array_equal(a, b)
-    e, f = (study.embedding_of(jax.random.key(k), "untrained", spec["evo"]).points for k in (0, 1))
+    e, f = (study.embedding_of(jax.random.key(k), "counts", spec["evo"]).points for k in (0, 1))
     assert not np.array_equal(e, f)
 
 
 def test_a_search_stopped_between_tasks_goes_on_the_same_way(results):
     c, arms = results
-    experiment = qas.build(configs.arm_config(c, "bo_untrained"))
+    experiment = qas.build(configs.arm_config(c, "bo_counts"))
     state = experiment.init(jax.random.key(0))
     state, _ = experiment.phases[0].step(state)
     kept = jax.device_get(state._replace(key=jax.random.key_data(state.key)))
     state = qas.State(jax.random.wrap_key_data(kept.key), *(jax.numpy.asarray(x) for x in kept[1:]))
     for _ in range(2):
         state, _ = experiment.phases[0].step(state)
-    np.testing.assert_array_equal(state.order, arms["bo_untrained"][0].order)
+    np.testing.assert_array_equal(state.order, arms["bo_counts"][0].order)
 
 
 @pytest.mark.slow

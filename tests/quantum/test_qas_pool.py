@@ -20,7 +20,13 @@ def x32():
         yield
 
 
-@pytest.fixture(scope="module", params=[FIXED, VARIED], ids=["fixed", "varied"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(FIXED, id="fixed"),
+        pytest.param(VARIED, id="varied", marks=pytest.mark.slow),
+    ],
+)
 def drawn(request):
     with jax.enable_x64(False):
         spec = request.param
@@ -145,6 +151,7 @@ def test_signed_masks_and_counted_edges():
     assert qp.encode_graph(spec, 3, "none").ops.shape == (4, 13)
 
 
+@pytest.mark.slow
 def test_awkward_circuits():
     none = qp.encode_graph(cs.circuit_spec([], 2), 2)
     assert np.argwhere(np.asarray(none.adj)).tolist() == [[0, 3]]
@@ -173,6 +180,20 @@ def test_flat_rows_hold_the_whole_encoding(drawn):
     assert flat.sum() == graphs.ops.sum() + graphs.adj.sum()
 
 
+def test_mean_rows_count_gates_and_qubits(drawn):
+    _spec, pool, graphs = drawn
+    got = np.asarray(qp.mean_rows(graphs))
+    for i in range(20):
+        rows = rows_of(pool, i)
+        counts = np.zeros(got.shape[1])
+        counts[[0, 12]] += 1
+        counts[13:] += 2
+        for _, name, qubits in rows:
+            counts[cs.GATES.index(name)] += 1
+            counts[[13 + q for q in qubits]] += 1
+        np.testing.assert_allclose(got[i], counts / (len(rows) + 2), atol=1e-6)
+
+
 def test_bad_input_gets_one_line():
     for change, text in [
         (dict(gate_set=("H", "CX")), "did you mean"),
@@ -183,8 +204,6 @@ def test_bad_input_gets_one_line():
     ]:
         with pytest.raises(UserError, match=text):
             qp.sample_circuits(jax.random.key(0), FIXED._replace(**change))
-    with pytest.raises(UserError, match="only 6 of 9 different circuits"):
-        qp.sample_circuits(jax.random.key(0), qp.PoolSpec(2, (1, 1), (0, 1), 9, ("H", "X", "Y")))
     with pytest.raises(UserError, match="mask="):
         qp.row_width(4, "unsinged")
     g = qp.encode_graph(cs.circuit_spec([("H", [0]), ("CNOT", [0, 1])]), 2)
@@ -194,3 +213,9 @@ def test_bad_input_gets_one_line():
         qp.decode_graph(g.ops, g.adj.at[1, 3].set(1.0))
     with pytest.raises(UserError, match="START and the last END"):
         qp.decode_graph(g.ops[::-1], g.adj)
+
+
+@pytest.mark.slow  # all of its draws
+def test_a_pool_that_cannot_be_filled_gets_one_line():
+    with pytest.raises(UserError, match="only 6 of 9 different circuits"):
+        qp.sample_circuits(jax.random.key(0), qp.PoolSpec(2, (1, 1), (0, 1), 9, ("H", "X", "Y")))

@@ -126,6 +126,7 @@ def test_regression_is_dense_bayes_with_the_best_evidence(num, rng):
         assert dense([np.log(alpha), np.log(beta)]) >= -best.fun - 1e-3
 
 
+@pytest.mark.slow
 def test_the_net_sees_only_its_pairs(rng):
     x = jnp.asarray(rng.standard_normal((20, 3)), jnp.float32)
     y = jnp.asarray(rng.random(20), jnp.float32)
@@ -156,7 +157,10 @@ def searches(drawn):
     }
 
 
-@pytest.mark.parametrize("name", ["bo", "reinforce", "evo", "predictor"])
+@pytest.mark.parametrize(
+    "name",
+    ["bo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("reinforce", "evo", "predictor"))],
+)
 def test_every_query_is_another_circuit_and_scores_are_the_tables(name, drawn, blobs):
     emb, score = blobs
     run = searches(drawn)[name]
@@ -185,6 +189,7 @@ def test_bayesian_optimisation_finds_what_lies_together(drawn, blobs):
     assert np.mean(hits) > np.mean(blind) + 2
 
 
+@pytest.mark.slow
 def test_reinforce_climbs_a_slope():
     """Scores rise along one axis of the embedding; the other axis says nothing."""
     emb = jax.random.normal(jax.random.key(0), (1500, 2))
@@ -200,6 +205,7 @@ def test_reinforce_climbs_a_slope():
     assert min(mean) > 0.4  # standard error of blind search: 0.04
 
 
+@pytest.mark.slow
 def test_bayesian_optimisation_evaluates_the_largest_expected_improvement(drawn, blobs):
     """The first round redone by hand from the same keys."""
     emb, score = blobs
@@ -218,6 +224,19 @@ def test_bayesian_optimisation_evaluates_the_largest_expected_improvement(drawn,
     assert set(np.argsort(-gain)[:5].tolist()) == set(np.asarray(order[8:13]).tolist())
 
 
+@pytest.mark.slow  # two compilations
+def test_stages_change_the_padding_only(blobs, monkeypatch):
+    emb, score = blobs
+    orders = []
+    for stage in (16, 2):  # of the 7 rounds: one stage, three
+        monkeypatch.setattr(bo, "_STAGE", stage)
+        run = jax.jit(bo.dngo_search.__wrapped__, static_argnames="spec")
+        spec = bo.DngoSpec(Q, 8, 5, 16, 20, 0)
+        orders.append(np.asarray(run(jax.random.key(3), emb, table(score), spec).order))
+    np.testing.assert_array_equal(*orders)
+
+
+@pytest.mark.slow
 def test_batches_of_reinforce_grow_with_the_score(drawn):
     """A pool of one score fixes every width: first 6, then 2, 4, 6 or 8; the policy moves at batch ends only."""
     emb = jax.random.normal(jax.random.key(0), (P, 3))
@@ -255,6 +274,15 @@ def test_a_mutation_changes_one_slot_and_stays_a_circuit(drawn):
     assert changed[:, :4].any(0).all()
     assert not changed[:, 4:].any()  # empty slots stay empty
     assert (born.q1 == (born.q0 + 1) % 3)[born.gate == cs.CNOT].all()
+
+
+@pytest.mark.slow
+def test_a_mutation_stays_in_the_gate_set(drawn):
+    one = jax.tree.map(lambda x: x[0], drawn[0])
+    keys = jax.random.split(jax.random.key(8), 100)
+    born = jax.jit(jax.vmap(lambda k: qs.mutate(k, one, 3, ("H", "CZ"))))(keys)
+    fresh = np.asarray(born.gate)[np.asarray(born.gate != one.gate)]
+    assert set(fresh) == {cs.GATES.index("H"), cs.CZ}
 
 
 def test_too_many_queries_get_one_line():

@@ -41,6 +41,7 @@ def test_maxcut_of_a_basis_state_is_its_cut(n):
         assert -diagonal[k] == pytest.approx(sum(bits[a] != bits[b] for a, b in edges))
 
 
+@pytest.mark.slow
 def test_inner_run_is_pennylanes(pool):
     """float64, ten steps: angles run the same path; the objectives of both signs."""
     state = qt.draw_target(jax.random.key(2), pool, POOL)
@@ -54,6 +55,7 @@ def test_inner_run_is_pennylanes(pool):
                 assert float(got[i]) == pytest.approx(want, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_run_stops_at_a_small_change(pool):
     """A circuit without angles scores what it is; one that has converged does not move on."""
     still = cs.circuit_spec([("X", [0]), ("X", [2])], 10)
@@ -69,6 +71,7 @@ def test_the_run_stops_at_a_small_change(pool):
     np.testing.assert_allclose(moved, top.angle)
 
 
+@pytest.mark.slow
 def test_scores_are_shares_more_steps_help_and_one_program_serves_all(pool):
     with jax.enable_x64(False):
         before = qt._label._cache_size()

@@ -89,6 +89,7 @@ def test_order_of_nodes_does_not_matter(graphs, trained, rng):
     np.testing.assert_allclose(qv.embed_pool(vae, graphs), qv.embed_pool(vae, moved), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_padding_changes_neither_embedding_nor_batch_statistics(graphs, trained):
     vae, _ = trained
     wide = qp.Graph(
@@ -106,6 +107,7 @@ def test_padding_changes_neither_embedding_nor_batch_statistics(graphs, trained)
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo_loss", [False, True])
 def test_loss_is_that_of_plain_loops(graphs, trained, repo_loss):
     g = some(graphs, 4)
@@ -143,6 +145,23 @@ def test_training_lowers_the_loss_and_is_deterministic(graphs, trained):
     assert all(e != 0 for e in eps)  # learnt
 
 
+@pytest.mark.slow
+def test_settled_norms_give_the_embeddings_of_whole_pool_statistics(graphs):
+    """An untrained net in evaluation mode is then about what it is with the statistics of the pool at hand."""
+    vae = qv.gin_vae_init(jax.random.key(3), graphs.ops.shape[-1], SMALL)
+    after = qv.settle_norms(jax.random.key(4), vae, graphs, num=60)
+    for kind, same in ((nnx.Param, True), (nnx.BatchStat, False)):
+        a, b = (jax.tree.leaves(nnx.split_state(v.state, kind, ...)[0]) for v in (vae, after))
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)) is same
+    want, _ = nnx.merge(vae.graph, vae.state, copy=True).encode(graphs, train=True)
+    gaps = [
+        float(jnp.abs(nnx.merge(*v).encode(graphs)[0] - want).mean() / want.std())
+        for v in (vae, after)
+    ]
+    assert gaps[1] < 0.05 < 0.3 < gaps[0]
+
+
+@pytest.mark.slow
 def test_noise_is_exp_of_the_log_deviation(graphs, trained):
     """z = mu + exp(s) noise: the loss with s = 0 and its KL tell a deviation from a variance."""
     net = nnx.merge(*trained[0], copy=True)

@@ -36,7 +36,7 @@ def rows(mdp, rng, n, legal):
     )
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_linear_net_learns_the_exact_q(mdp, masked):
     rng = np.random.default_rng(0)
     legal = np.ones((S, A), bool)

@@ -77,7 +77,7 @@ def chain(num_envs, length=5):
     return reset, step
 
 
-@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize("n_step", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_loop_learns_a_chain(n_step):
     reset, step = chain(4)
     agent = double_dqn(
@@ -113,12 +113,16 @@ def test_the_loop_learns_a_chain(n_step):
 
 def test_an_agent_that_does_not_learn_keeps_its_net():
     reset, step = chain(4)
-    agent = double_dqn(mlp_q(5, (), 2), 2, epsilon_final=1.0)
-    loop = off_policy(step, agent, OnlineConfig(GAMMA, 2), learns=False)
-    state = loop.init(jax.random.key(0), *reset(None))
-    new = jax.jit(loop.step)(state)
-    assert new.replay == ()
-    jax.tree.map(np.testing.assert_array_equal, new.agent, state.agent)
+    agent = double_dqn(mlp_q(5, (), 2), 2)
+    loop = off_policy(step, agent, OnlineConfig(GAMMA, 2, 8, 1, 100, 8))
+    run = jax.jit(lambda s: jax.lax.fori_loop(0, 5, lambda i, s: loop.step(s), s))
+    for learns in (False, True):
+        state = loop.init(jax.random.key(0), *reset(None), learns)
+        new = run(state)
+        assert int(new.replay.size) == 5
+        assert int(new.agent.updates) == (2 * 4 if learns else 0)  # from the second step on
+        if not learns:
+            jax.tree.map(np.testing.assert_array_equal, new.agent, state.agent)
 
 
 def test_bad_input():
@@ -126,7 +130,7 @@ def test_bad_input():
     agent = double_dqn(mlp_q(5, (), 2), 2)
     loop = off_policy(step, agent, OnlineConfig(GAMMA, 1, 8, 1, 50, 100))
     with pytest.raises(UserError, match="replay_size=50"):
-        loop.init(jax.random.key(0), *reset(None))
+        loop.init(jax.random.key(0), *reset(None), True)
     with pytest.raises(UserError, match="does not divide"):
         online_rl({}, 10, 3)
     with pytest.raises(UserError, match="replay_size=2"):
@@ -153,7 +157,7 @@ def test_cartpole_stands():
         mlp_q(env.obs_dim, (64, 64), 2), 2, discount=0.99, learning_rate=1e-3, target_every=200, epsilon_decay=0.9995,
     )  # fmt: skip
     loop = off_policy(step, agent, OnlineConfig(0.99, 4, 128, 1, 20_000, 500))
-    state = loop.init(jax.random.key(0), *reset(jax.random.key(1)))
+    state = loop.init(jax.random.key(0), *reset(jax.random.key(1)), True)
     state = jax.jit(lambda s: jax.lax.fori_loop(0, 4000, lambda i, s: loop.step(s), s))(state)
 
     def greedy(carry, key):
