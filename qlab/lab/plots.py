@@ -158,18 +158,15 @@ def bars_plot(
                 if c is None:
                     continue
                 x = i if single else g + (i - (len(shown) - 1) / 2) * slot
-                colour = SERIES[style[arm][0]]
+                colour, dash = SERIES[style[arm][0]], style[arm][1]
                 if points:
-                    ax.plot(
-                        [x],
-                        [c.mean],
-                        marker=MARKERS[i % len(MARKERS)],
-                        color=colour,
-                        markersize=5,
-                        linestyle="none",
-                    )
-                else:
-                    ax.bar(x, c.mean, 0.9 * slot, color=colour, alpha=0.85, linewidth=0)
+                    fill = "none" if dash else "full"
+                    mark = dict(marker=MARKERS[i % len(MARKERS)], markersize=5, fillstyle=fill)
+                    ax.plot(x, c.mean, color=colour, linestyle="none", **mark)
+                else:  # the second arm of a colour: pale, with its dashes around
+                    look = dict(facecolor=(colour, 0.3 if dash else 0.85), edgecolor=colour)
+                    look |= dict(linestyle=DASHES[dash], linewidth=1.2 if dash else 0)
+                    ax.bar(x, c.mean, 0.9 * slot, **look)
                 if c.n > 1 and c.half > 0:
                     ax.errorbar(
                         x,
