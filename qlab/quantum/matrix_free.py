@@ -91,7 +91,7 @@ def expval(obs: PauliSum, psi: jax.Array) -> jax.Array:
     """<psi|H|psi> f[] for psi c[2^n] of norm 1; its gradient needs no second pass: it is 2 H psi.
 
     >>> from qlab.quantum.pauli import pauli_sum
-    >>> float(expval(pauli_sum({"X": 2.0}), jnp.array([0.6, 0.8], jnp.complex64)).round(3))
+    >>> round(float(expval(pauli_sum({"X": 2.0}), jnp.array([0.6, 0.8], jnp.complex64))), 3)
     1.92
     """
 
