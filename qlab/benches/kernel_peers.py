@@ -104,7 +104,9 @@ def torch_weight_only(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bits:
     xt = torch.tensor(x, device=device).bfloat16()
     # q_group_size blocks: w = (code - 8) * scale + zero, scales and zeros side by side
     pairs = np.stack([scale.T, np.zeros_like(scale.T)], -1)
-    scales = torch.tensor(pairs, device=device).bfloat16()
+    scales = (
+        torch.tensor(pairs, device=device).bfloat16().contiguous()
+    )  # the kernel reads no strides
     if device == "cpu":
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
             torch.tensor(codes.astype(np.int32)), 1
