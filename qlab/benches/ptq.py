@@ -23,7 +23,7 @@ import numpy as np
 
 from qlab.benches import ptq_peers
 from qlab.benches.kernel_peers import Absent
-from qlab.benches.measure import Number, Sample, Tell, find, interleave, ratio
+from qlab.benches.measure import Number, Sample, Tell, find, interleave, ratio, seconds_per_call
 from qlab.lab.experiment import Claim, Figure, Metric
 from qlab.nn.vit import ViTSize, vit
 from qlab.quantization import adaround
@@ -122,9 +122,7 @@ def steps(s: dict[str, Any]) -> list[Number]:
     run, absent = _learn(block, s), []
 
     def timed(call: Callable[[], Any]) -> Sample:
-        begun = time.perf_counter()
-        jax.block_until_ready(call())
-        return {"steps_per_s": s["steps"] / (time.perf_counter() - begun)}
+        return {"steps_per_s": s["steps"] / seconds_per_call(call)}
 
     calls: dict[str, Callable[[], Any]] = {"qlab": lambda: run(q, x, y, jax.random.key(3))}
     grids = {
@@ -175,9 +173,7 @@ def matrix(s: dict[str, Any]) -> list[Number]:
         found = [Number("torch", "ms", status="absent", note=str(e))]
 
     def timed(call: Callable[[], Any]) -> Sample:
-        begun = time.perf_counter()
-        call()
-        return {"ms": 1e3 * (time.perf_counter() - begun)}
+        return {"ms": 1e3 * seconds_per_call(call)}
 
     for arm, call in calls.items():
         error = call() * scale.astype(np.float64) - w

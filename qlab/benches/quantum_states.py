@@ -116,17 +116,22 @@ def _pennylane_observable(qml: Any, obs: PauliSum) -> Any:
     return qml.dot([float(c) for c in obs.coeffs], words)
 
 
+def _queue(qml: Any, n: int, rotate: Callable[[int, int], Any]) -> None:
+    """Queues the ansatz; rotate: (layer, qubit) -> queues its rotations."""
+    for layer in range(LAYERS + 1):
+        for q in range(n):
+            rotate(layer, q)
+        for pair in chain(n) if layer < LAYERS else ():
+            qml.CNOT(wires=pair)
+
+
 def default_qubit(n: int) -> Gradient:
     qml = pennylane()
     h = _pennylane_observable(qml, observable(n))
 
     @qml.qnode(qml.device("default.qubit", wires=n), interface="jax", diff_method="backprop")
     def circuit(gates):
-        for layer in range(LAYERS + 1):
-            for q in range(n):
-                qml.QubitUnitary(gates[layer, q], wires=q)
-            for pair in chain(n) if layer < LAYERS else ():
-                qml.CNOT(wires=pair)
+        _queue(qml, n, lambda layer, q: qml.QubitUnitary(gates[layer, q], wires=q))
         return qml.expval(h)
 
     def energy(theta):
@@ -146,12 +151,11 @@ def lightning(n: int) -> Gradient:
 
     @qml.qnode(qml.device("lightning.qubit", wires=n), interface="jax", diff_method="adjoint")
     def circuit(theta):
-        for layer in range(LAYERS + 1):
-            for q in range(n):
-                qml.RY(theta[layer, 0, q], wires=q)
-                qml.RZ(theta[layer, 1, q], wires=q)
-            for pair in chain(n) if layer < LAYERS else ():
-                qml.CNOT(wires=pair)
+        def rotate(layer, q):
+            qml.RY(theta[layer, 0, q], wires=q)
+            qml.RZ(theta[layer, 1, q], wires=q)
+
+        _queue(qml, n, rotate)
         return qml.expval(h)
 
     return jax.jit(jax.value_and_grad(circuit))

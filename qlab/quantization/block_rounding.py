@@ -16,8 +16,8 @@ import optax
 
 from qlab.nn.sites import Block, Run
 from qlab.quantization.activations import fake
-from qlab.quantization.blocks import QuantizedBlock, SiteInput, WeightMethod
-from qlab.quantization.grid import Grid, calibrate
+from qlab.quantization.blocks import QuantizedBlock, SiteInput, WeightMethod, weight_grid
+from qlab.quantization.grid import Grid
 from qlab.quantization.methods import squared_error
 from qlab.quantization.reconstruct import reconstruct_steps
 from qlab.quantization.rounding import RoundingRule
@@ -58,7 +58,7 @@ def learned_weight(
         if i.x is None or i.w is None:
             raise ValueError(f"{i.site!r} is no plain product; round it to nearest")
         w = i.w
-        grid = calibrate(w, i.bits, granularity == "tensor", max_bits=max_bits, **grid_options)
+        grid = weight_grid(w, i.bits, granularity, max_bits, grid_options)
 
         def loss(v, batch, k, t):
             del k
@@ -99,11 +99,9 @@ def learn_block(
         y: what it should put out (the float block on float inputs). grid_options: of `grid.calibrate`,
         as they were for the weights of q.
     """
-    grid_options = {"calibration": "shares", **grid_options}
     w = {site: q.params[site]["kernel"].T for site in q.weights}
     grids = {
-        site: calibrate(a, w_bits, granularity == "tensor", max_bits=max_bits, **grid_options)
-        for site, a in w.items()
+        site: weight_grid(a, w_bits, granularity, max_bits, grid_options) for site, a in w.items()
     }
 
     def operand(site, x):

@@ -220,18 +220,19 @@ def quantize_block(
     return QuantizedBlock(params, weights, acts), sum(fallbacks[1:], fallbacks[0])
 
 
-def _grid(i: SiteInput, granularity: str, max_bits: int, options) -> Grid:
+def weight_grid(w: jax.Array, bits, granularity: str, max_bits: int, options) -> Grid:
+    """The grid of a weight f32[out, in]; options: of grid.calibrate, with "shares" as the default calibration."""
     # "searched" over zero points too would cost 2^max_bits times as much: minutes at 8 bits.
     options = {"calibration": "shares", **options}
-    return calibrate(i.w, i.bits, granularity == "tensor", max_bits=max_bits, **options)
+    return calibrate(w, bits, granularity == "tensor", max_bits=max_bits, **options)
 
 
 def nearest_weight(*, granularity: str = "channel", max_bits: int = 8, **options) -> WeightMethod:
     """Rounding to nearest. granularity: "channel" or "tensor"; options: of grid.calibrate ("shares")."""
 
     def weight(i: SiteInput):
-        grid = _grid(i, granularity, max_bits, options)
         assert i.w is not None  # weight methods are asked at products only
+        grid = weight_grid(i.w, i.bits, granularity, max_bits, options)
         return grid.qtensor(nearest_codes(i.w, grid), i.w.shape), jnp.zeros(())
 
     return weight
@@ -249,11 +250,11 @@ def gptq_weight(
     """GPTQ on the site's quantized inputs; target "fp" moves the weights to W* first (`fp_target`)."""
 
     def weight(i: SiteInput):
-        if i.x is None:
+        if i.x is None or i.w is None:
             raise ValueError(
                 f"{i.site!r} is no plain product, which GPTQ needs; round it to nearest"
             )
-        grid = _grid(i, granularity, max_bits, options)
+        grid = weight_grid(i.w, i.bits, granularity, max_bits, options)
         x_fp = i.x_fp if target == "fp" else i.x
         return gptq_layer(i.w, grid, i.x, x_fp, damp=damp, act_order=act_order)
 
