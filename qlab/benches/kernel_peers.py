@@ -96,7 +96,7 @@ def _torch_call(f: Callable[..., Any], *args: Any) -> Callable[[], Any]:
 
 
 def torch_weight_only(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bits: int, group: int):
-    """The int4 weight-only product of torchao's tinygemm layout: bf16 x, zero point 8."""
+    """torch's own int4 weight-only product (tinygemm layout): bf16 x, zero point 8."""
     torch = _need("torch")
     if bits != 4:
         raise Absent(f"torch's weight-only product is for 4 bits, not {bits}")
@@ -128,6 +128,46 @@ def torch_int8(xq: np.ndarray, codes: np.ndarray, x_scale: np.ndarray, w_scale: 
     a, b = torch.tensor(xq, device=device), torch.tensor(codes, device=device).t()
     xs, ws = (torch.tensor(v, device=device) for v in (x_scale, w_scale.reshape(1, -1)))
     return _torch_call(lambda a, b: torch._int_mm(a, b).float() * xs * ws, a, b)
+
+
+def _torchao(w: np.ndarray, config: Any, dtype: str, x: np.ndarray):
+    """torch.nn.Linear quantized by torchao's one call, as a user has it: its scales are its own."""
+    torch, ao = _need("torch"), _need("torchao.quantization")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
+    layer.weight = torch.nn.Parameter(torch.tensor(w), requires_grad=False)
+    layer = torch.nn.Sequential(layer.to(device, getattr(torch, dtype)))
+    ao.quantize_(layer, config)
+    xt = torch.tensor(x, device=device).to(getattr(torch, dtype))
+
+    def call(x):
+        with torch.inference_mode():
+            return layer(x)
+
+    return _torch_call(call, xt)
+
+
+def torchao_weight_only(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bits: int, group: int):
+    """quantize_ with torchao's 4-bit configuration for CPUs, or its 8-bit one (a scale a row): bf16 x."""
+    ao = _need("torchao.quantization")
+    if bits == 4:
+        config = _need("torchao.prototype.quantization.int4").PrototypeInt4WeightOnlyConfig(
+            group_size=group
+        )
+    elif bits == 8:
+        config = ao.Int8WeightOnlyConfig()
+    else:
+        raise Absent(f"torchao's weight-only layers are of 4 or 8 bits, not {bits}")
+    k = codes.shape[1]
+    w = (codes.astype(np.float32) - 2 ** (bits - 1)) * np.repeat(scale, group or k, 1)[:, :k]
+    return _torchao(w, config, "bfloat16", x)
+
+
+def torchao_int8(xq: np.ndarray, codes: np.ndarray, x_scale: np.ndarray, w_scale: np.ndarray):
+    """quantize_ with Int8DynamicActivationInt8WeightConfig: x is quantized on the way, as in qlab_dynamic."""
+    config = _need("torchao.quantization").Int8DynamicActivationInt8WeightConfig()
+    w = codes.astype(np.float32) * w_scale.reshape(-1, 1)
+    return _torchao(w, config, "float32", xq * x_scale)
 
 
 def _small_integers(codes: np.ndarray, bits: int) -> Any:
@@ -201,10 +241,12 @@ WEIGHT_ONLY = {
     "qwix": qwix_weight_only,
     "onnxruntime": onnx_weight_only,
     "torch": torch_weight_only,
+    "torchao": torchao_weight_only,
 }
 INT8 = {
     "xla_int": xla_int8,
     "qwix": qwix_int8,
     "onnxruntime": onnx_int8,
     "torch": torch_int8,
+    "torchao": torchao_int8,
 }

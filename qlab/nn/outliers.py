@@ -1,4 +1,4 @@
-"""Outlier twins of nets with norms: the same function, but channels of very different ranges.
+"""Outlier twins of nets with norms or ReLU: the same function, but channels of very different ranges.
 
 Small nets lack the channels of wide range that a LayerNorm of a large transformer puts out, and so hide what
 smoothing, rotation and reparameterisation are for. The twin multiplies the output of a norm by a factor per
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from qlab.nn.sites import Params
 
@@ -61,4 +62,33 @@ def norm_twin(
         twin.append(norm_outliers(stacked, here, strength, jax.random.fold_in(key, g)))
     if not found:
         raise ValueError(f"no block has a norm called {' or '.join(link[0] for link in links)}")
+    return tuple(twin)
+
+
+def relu_twin(
+    params: Sequence[Params], pairs: Sequence[tuple[str, str]], strength: float, key: jax.Array
+) -> tuple[Params, ...]:
+    """The outlier twin of a net with pairs (product before a ReLU, the product that alone reads it).
+
+    Output channel c of the first is multiplied by 2^U(-strength, strength), the second's rows of that channel (in
+    every tap of a patch, channels fastest) divided by it; ReLU passes positive factors.
+
+    >>> block = {"a": {"kernel": jnp.ones((1, 3, 2)), "bias": jnp.ones((1, 2))}, "b": {"kernel": jnp.ones((1, 4, 1))}}
+    >>> (twin,) = relu_twin([block], [("a", "b")], 2.0, jax.random.key(0))
+    >>> (twin["a"]["bias"][0] * twin["b"]["kernel"][0, 2:, 0]).tolist()
+    [1.0, 1.0]
+    """
+    twin = []
+    for g, stacked in enumerate(params):
+        out = dict(stacked)
+        for i, (first, second) in enumerate(pairs):
+            if first not in out or second not in out:
+                continue
+            at = jax.random.fold_in(jax.random.fold_in(key, g), i)
+            bias, kernel = out[first]["bias"], out[second]["kernel"]
+            k = 2.0 ** jax.random.uniform(at, bias.shape, minval=-strength, maxval=strength)
+            out[first] = {"kernel": out[first]["kernel"] * k[:, None, :], "bias": bias * k}
+            rows = jnp.tile(k, (1, kernel.shape[1] // k.shape[1]))
+            out[second] = out[second] | {"kernel": kernel / rows[..., None]}
+        twin.append(out)
     return tuple(twin)

@@ -16,15 +16,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qlab.quantization.affine_fit import best_range, minmax, nearest
+from qlab.quantization.affine_fit import best_range, minmax, nearest, rails
+from qlab.quantization.blocks import SiteInput, WeightMethod
 from qlab.quantization.decoupleq import DEFAULT, DecoupleQ, Solution, alternate, check, record
 from qlab.quantization.gptq import (
     LADDER,
     damping,
-    fp_target,
     gptq_solve,
-    hessian_init,
-    hessian_update,
+    layer_problem,
 )
 from qlab.quantization.grid import Grid
 from qlab.quantization.methods import Method, Unit, squared_error
@@ -193,13 +192,27 @@ def decoupleq(
 def problem(unit: Unit, j: int, w_hat: tuple[jax.Array, ...], target: str, damp: float):
     """(w, H) of layer j of a unit whose earlier layers are w_hat: W and E[x x^T], or W* for target "fp"."""
     x = unit.inputs(w_hat, unit.x_q)[j]
-    x = x.reshape(-1, x.shape[-1])
-    empty = hessian_init(x.shape[-1])
-    h = hessian_update(empty, x).mean
-    if target == "same":
-        return unit.w[j], h
-    x_fp = unit.inputs(unit.w, unit.x_fp)[j].reshape(x.shape)
-    return fp_target(unit.w[j], hessian_update(empty, x, left=x_fp).mean, h, damp), h
+    x_fp = None if target == "same" else unit.inputs(unit.w, unit.x_fp)[j]
+    return layer_problem(unit.w[j], x, x_fp, damp)
+
+
+def decoupleq_weight(
+    cfg: DecoupleQ = DEFAULT, *, target: Literal["same", "fp"] = "fp", max_bits: int = 8
+) -> WeightMethod:
+    """decoupleQ of a product in the walk over blocks, per row, at the site's width (at most max_bits)."""
+    cfg = cfg._replace(bits=max_bits)
+    check(cfg, 1, max_bits)
+
+    def weight(i: SiteInput):
+        if i.x is None or i.w is None:
+            raise ValueError(f"{i.site!r} is no plain product; round it to nearest")
+        w, h = layer_problem(i.w, i.x, i.x_fp if target == "fp" else None, cfg.damp)
+        low, high = rails(i.bits)
+        best, _, rung = alternate(w, h, low, high, cfg)
+        best = jax.tree.map(lambda a: a.astype(jnp.float32), best)
+        return record(best, low, max_bits, w.shape, cfg.symmetric), (rung > 0).astype(jnp.float32)
+
+    return weight
 
 
 def shrink_gptq(*, target: Literal["same", "fp"] = "same", damp: float = 0.01) -> Method:

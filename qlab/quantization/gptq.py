@@ -179,3 +179,21 @@ def fp_target(w, c, h, damp=0.01) -> jax.Array:
     """
     u, _ = inverse_factor(h, damp)
     return w + (w.astype(h.dtype) @ (c - h)) @ (u.T @ u)
+
+
+def layer_problem(w, x_q, x_fp=None, damp: float = 0.01) -> tuple[jax.Array, jax.Array]:
+    """(weights to round, H): what a layer's rounding minimises on its inputs behind the quantized net.
+
+    Args:
+      w: f32[out, in]. x_q: f32[..., in]. x_fp: f32[..., in], the same samples behind the float net, for W* (see
+        `fp_target`); None: w itself.
+    Returns:
+      f32[out, in]; f[in, in], the undamped mean of x_q x_q^T.
+    """
+    x_q = x_q.reshape(-1, x_q.shape[-1])
+    empty = hessian_init(w.shape[1])
+    h = hessian_update(empty, x_q).mean
+    if x_fp is None:
+        return w, h
+    c = hessian_update(empty, x_q, left=x_fp.reshape(x_q.shape)).mean
+    return fp_target(w, c, h, damp), h

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from qlab import ops
 from qlab.lab.errors import UserError, nearest
-from qlab.quantization.gptq import fp_target, hessian_init, hessian_update
+from qlab.quantization.gptq import layer_problem
 from qlab.quantization.layers import View, kind_of, view_of
 from qlab.quantization.matrix import layer_report, quantize_matrix
 from qlab.quantization.qtensor import QTensor, dequantize
@@ -142,9 +142,7 @@ class Plan(NamedTuple):
 @jax.jit
 def _goal(w: jax.Array, x_q: jax.Array, x_fp: jax.Array) -> jax.Array:
     """W* of a layer, see `fp_target`."""
-    empty = hessian_init(w.shape[1])
-    h = hessian_update(empty, x_q).mean
-    return fp_target(w, hessian_update(empty, x_q, left=x_fp).mean, h)
+    return layer_problem(w, x_q, x_fp)[0]
 
 
 def float_row(name: str, layer: Any, kernel: jax.Array, why: str) -> Row:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qlab.quantization.gptq import LADDER, fp_target, gptq_solve, hessian_init, hessian_update
+from qlab.quantization.gptq import LADDER, gptq_solve, layer_problem
 from qlab.quantization.grid import Grid, nearest_codes
 from qlab.quantization.qtensor import QTensor, dequantize
 from qlab.quantization.reconstruct import reconstruct_steps
@@ -150,10 +150,7 @@ def gptq_layer(
     Args:
       w: f32[out, in]. x_q, x_fp: f32[..., in], its inputs behind the quantized and the float net.
     """
-    x_q, x_fp = (x.reshape(-1, x.shape[-1]) for x in (x_q, x_fp))
-    empty = hessian_init(w.shape[1])
-    h = hessian_update(empty, x_q).mean
-    w_star = fp_target(w, hessian_update(empty, x_q, left=x_fp).mean, h, damp)
+    w_star, h = layer_problem(w, x_q, x_fp, damp)
     offset = jnp.zeros_like(grid.scale) if grid.zero is None else -grid.scale * grid.zero
     perm = jnp.argsort(-jnp.diagonal(h)) if act_order else None
     codes, rung = gptq_solve(

@@ -187,6 +187,53 @@ def least_error(
     return inner._replace(finalize=finalize)
 
 
+def least_divergence(bits: int, *, steps: int = 100, symmetric: bool = False) -> Observer:
+    """(lo, hi): the share of the range whose grid keeps the histogram best, by KL divergence (TensorRT's calibration).
+
+    Of a candidate range, P is the histogram in it with what lies outside added to its two end bins; Q spreads the
+    count of each code, without what lies outside, evenly over the bins of that code where P > 0. The share of least
+    KL(P || Q) wins, among those whose range has at least as many bins as codes (fewer bins than codes would
+    keep any histogram); without any, the whole range.
+    """
+    from qlab.quantization.activations import affine, encode
+
+    inner, levels = histogram(), 2**bits
+
+    def finalize(h: Histogram):
+        x, bins = centres(h), jnp.arange(BINS)
+        shares = jnp.arange(1, steps + 1) / steps
+
+        def divergence(share):
+            lo, hi = h.lo * share, h.hi * share
+            record = affine(lo, hi, bits, symmetric=symmetric)
+            lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)  # as `affine` widens it
+            half = jnp.ldexp(0.5, h.exponent)
+            inside = (x >= lo - half) & (x <= hi + half)
+            first, last = inside.argmax(), BINS - 1 - inside[::-1].argmax()
+            kept = jnp.where(inside, h.counts, 0.0)
+            below, above = (
+                jnp.where(side, h.counts, 0.0).sum() for side in (bins < first, bins > last)
+            )
+            p = kept.at[first].add(below).at[last].add(above)
+            code = (encode(record, x) - record.q_min).astype(jnp.int32)
+            mass, filled = (
+                jax.ops.segment_sum(a, code, num_segments=levels)[code]
+                for a in (kept, 1.0 * (p > 0))
+            )
+            q = jnp.where(p > 0, mass / jnp.maximum(filled, 1.0), 0.0)
+            p, q = p / jnp.maximum(p.sum(), 1e-30), q / jnp.maximum(q.sum(), 1e-30)
+            log = jnp.log(jnp.where(p > 0, p, 1.0)) - jnp.log(
+                jnp.maximum(jnp.where(p > 0, q, 1.0), 1e-12)
+            )
+            return jnp.where(inside.sum() >= levels, (p * log).sum(), jnp.inf)
+
+        found = jax.lax.map(divergence, shares)
+        best = jnp.where(jnp.isfinite(found).any(), shares[found.argmin()], 1.0)
+        return h.lo * best, h.hi * best
+
+    return inner._replace(finalize=finalize)
+
+
 class Moments(NamedTuple):
     """mean f32[D], covariance f32[D, D] (biased, centred), count f32[]."""
 

@@ -26,6 +26,7 @@ def _fold(o, x, cuts, size):
         obs.minmax("channel"),
         obs.percentile(0.99),
         obs.least_error(3),
+        obs.least_divergence(4),
         obs.histogram(),
     ],
 )
@@ -85,3 +86,52 @@ def test_ema_is_corrected_for_its_start():
     np.testing.assert_allclose(o.finalize(state), [1.0, 5.0], rtol=1e-6)
     with pytest.raises(ValueError, match="cannot be merged"):
         o.merge(state, state)
+
+
+def _kl_by_hand(counts, centres, width, lo, hi, bits, steps):
+    """TensorRT's search written out in float64: (share, divergence of every share)."""
+    found = []
+    for share in np.arange(1, steps + 1) / steps:
+        a, b = min(lo * share, 0.0), max(hi * share, 0.0)
+        inside = np.flatnonzero((centres >= a - width / 2) & (centres <= b + width / 2))
+        if len(inside) < 2**bits:
+            found.append(np.inf)
+            continue
+        p = counts[inside].astype(float)
+        own = p.copy()
+        p[0] += counts[: inside[0]].sum()
+        p[-1] += counts[inside[-1] + 1 :].sum()
+        scale = (b - a) / (2**bits - 1)
+        code = np.clip(np.round(centres[inside] / scale) + np.round(-a / scale), 0, 2**bits - 1)
+        q = np.zeros_like(p)
+        for c in np.unique(code):
+            here = code == c
+            q[here & (p > 0)] = own[here].sum() / max((here & (p > 0)).sum(), 1)
+        p, q = p / p.sum(), q / q.sum()
+        full = p > 0
+        found.append((p[full] * np.log(p[full] / np.maximum(q[full], 1e-12))).sum())
+    return (1 + np.argmin(found)) / steps, np.array(found)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_least_divergence_is_the_search_written_out(bits):
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.standard_normal(4000), [9.0, -7.0]]).astype(np.float32)[:, None]
+    lo, hi = _fold(obs.least_divergence(bits, steps=20), x, [], len(x))
+    h = _fold(obs.histogram(), x, [], len(x))
+    width = 2.0 ** float(h.exponent)
+    counts, centres = np.asarray(h.counts), np.asarray(obs.centres(h), np.float64)
+    share, found = _kl_by_hand(counts, centres, width, -7.0, 9.0, bits, 20)
+    # the search may be flat at its least: the divergences, not the places, have to agree
+    got = round(float(hi) / 9.0 * 20) - 1
+    assert found[got] <= found.min() + 1e-4
+    assert share < 1.0 or bits == 8  # at 4 bits two outliers do not decide the range
+    np.testing.assert_allclose(float(lo) / -7.0, float(hi) / 9.0, rtol=1e-6)
+
+
+def test_least_divergence_of_few_values_keeps_the_range():
+    """Fewer bins than codes would keep any histogram, so they are no candidates; nothing seen stays nothing."""
+    x = np.array([[0.0], [3.0]], np.float32)
+    lo, hi = _fold(obs.least_divergence(2), x, [], 2)
+    assert float(lo) == 0.0
+    assert 0.0 < float(hi) <= 3.0

@@ -1,0 +1,94 @@
+"""One table of post-training methods: the same nets, calibration samples, seeds and budget for all.
+
+Nets, all trained on 8 x 8 or 16 x 16 digits: a deep narrow MLP, a ViT, a Mamba, a ResNet with batch norms. Cells: weights
+alone at 2 and 3 bits, weights and activations at 4, the last also on the outlier twin of each net (the same function with
+channels rescaled by 2^U(-k, k), which smoothing inverts). Shared by all arms: 64 calibration images; weights per row on
+an asymmetric grid (the share of the range of least |error|^2.4); activations on one static grid per tensor; GPTQ,
+decoupleQ and learned rounding towards the float net's outputs; 300 Adam steps a learned product, 600 a learned
+block. The net's input, and a Mamba's states and C, have 8 bits at least; a ResNet's first and last layers have 8.
+
+Arms: rtn (range of the weights), mse (searched range), smooth (SmoothQuant on norms), gptq, adaround, adaquant,
+flexround, decoupleq, smooth_gptq; and where they exist repquant (ViT: reparameterised norms, half-octave softmax, GPTQ),
+mambaquant (Mamba: KLT rotations and smoothing), brecq, qdrop, pd_quant (ResNet: blocks with their activation steps).
+mean_<cell> is the mean over nets, of the arms that ran on all.
+
+Rates of Adam are those that the methods' own studies here chose on validation images; nothing was tuned for this
+table. A seed draws the trained nets and their twins, the calibration images, and the method's key.
+
+Variant :full has all widths on plain nets and twins, lrq, and ten seeds (hours; it resumes).
+    python -m qlab.run --config configs/ptq_table.py
+    python -m qlab.run --config configs/ptq_table.py --arms gptq,decoupleq --config.num_calibration=256
+"""
+
+from ml_collections import ConfigDict
+
+from qlab.lab.config import base, grid
+
+VARIANTS = ("", "smoke", "full")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = base(experiment="ptq_table", seeds=3)
+    # nets and cells
+    c.nets = {
+        "mlp": "digits_deep",
+        "vit": "digits_vit",
+        "mamba": "digits_mamba",
+        "resnet": "digits_resnet",
+    }
+    c.twin_strengths = {"mlp": 2.0, "vit": 2.5, "mamba": 4.0, "resnet": 2.0}
+    c.cells = ("w2", "w3", "w4a4", "w4a4_twin")
+    c.vary = ("net", "calibration", "method")  # what a seed decides
+    c.split = "test"  # "val" to tune
+    c.num_calibration = 64
+    # the arm
+    c.rounding = "mse"
+    c.rewrite = "none"
+    c.time_packed = False  # run the packed net beside the float one
+    # budgets and rates, equal for all
+    c.num_iters = 300
+    c.batch_size = 32
+    c.rates = {
+        "adaround": 3e-2,
+        "adaquant": 3e-2,
+        "flexround": 3e-2,
+        "lrq": 3e-2,
+        "brecq": 1e-1,
+        "qdrop": 1e-1,
+        "pd_quant": 1e-1,
+    }
+    c.step_rate = 2e-3  # of activation steps
+    c.damp = 0.01  # GPTQ's
+    c.dc_steps = 100  # of PD-Quant's distribution correction
+    c.num_search = 64  # images on which a ResNet's activation steps are searched
+    c.arms = {
+        "rtn": {"rounding": "rtn", "time_packed": True},
+        "mse": {},
+        "smooth": {"rewrite": "smooth"},
+        "gptq": {"rounding": "gptq"},
+        "adaround": {"rounding": "adaround"},
+        "adaquant": {"rounding": "adaquant"},
+        "flexround": {"rounding": "flexround"},
+        "decoupleq": {"rounding": "decoupleq"},
+        "smooth_gptq": {"rounding": "gptq", "rewrite": "smooth"},
+        "repquant": {"rounding": "gptq", "rewrite": "repquant"},
+        "mambaquant": {"rewrite": "mambaquant"},
+        "brecq": {"rounding": "brecq"},
+        "qdrop": {"rounding": "qdrop"},
+        "pd_quant": {"rounding": "pd_quant"},
+    }
+    if variant == "smoke":
+        c.update(seeds=1, cells=("w4a4",), num_calibration=32)
+        c.nets = ConfigDict({"mlp": "digits_shallow", "vit": "digits_vit_small"})
+        for arm in set(c.arms) - {"rtn", "gptq"}:
+            del c.arms[arm]
+    if variant == "full":
+        widths = ("w2", "w3", "w4", "w4a8", "w4a4", "w8a8")
+        c.update(seeds=10, num_iters=2000, num_calibration=256, dc_steps=500)
+        c.cells = tuple(f"{w}{twin}" for twin in ("", "_twin") for w in widths)
+        c.arms["lrq"] = ConfigDict({"rounding": "lrq"})
+    return c
+
+
+def sweep():
+    yield from grid({"num_calibration": (32, 64, 256), "num_iters": (100, 300, 1000)})
