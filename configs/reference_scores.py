@@ -12,7 +12,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c = base(
         experiment="reference_scores",
         seed=0,
-        seeds=10,
+        seeds=5,
         # SAC on Pendulum-v1; the DQN arms below say what differs.
         env="pendulum",  # pendulum, cartpole
         agent="sac",  # sac, dqn, random
@@ -37,7 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     dqn = dict(
         env="cartpole", agent="dqn", num_steps=50_000, num_envs=2, round_steps=2000, batch=64,
-        replay_size=50_000, learning_starts=1000, learning_rate=2.3e-3, hidden=(256, 256),
+        replay_size=50_000, learning_starts=1000, learning_rate=1e-3, hidden=(256, 256),
     )  # fmt: skip
     c.arms = {
         "sac": {},

@@ -59,8 +59,11 @@ def _scanned(name: str, size: Size, dummy_action: Any, init: Any, act: Any, upda
         nets, memory, state, obs, running = carry
         k_act, k_env, k_sample, k_update = jax.random.split(key, 4)
         action = act(nets, k_act, obs[None])[0]
-        after, state, reward, done, _ = env.step(k_env, state, action, params)[:5]
-        item = {"obs": obs, "action": action, "reward": reward, "done": done, "next_obs": after}
+        after, state, reward, ended, cut, info = env.step(k_env, state, action, params)
+        item = {
+            "obs": obs, "action": action, "reward": reward, "done": ended,
+            "next_obs": info["final_observation"],
+        }  # fmt: skip
         memory = buffer.add(memory, item)
         running = running + reward
 
@@ -68,8 +71,9 @@ def _scanned(name: str, size: Size, dummy_action: Any, init: Any, act: Any, upda
             return update(nets, k_update, buffer.sample(memory, k_sample).experience)
 
         nets = jax.lax.cond(buffer.can_sample(memory), learn, lambda x: x, nets)
-        ended = jnp.where(done, running, jnp.nan)
-        return (nets, memory, state, after, jnp.where(done, 0.0, running)), ended
+        over = ended | cut
+        total = jnp.where(over, running, jnp.nan)
+        return (nets, memory, state, after, jnp.where(over, 0.0, running)), total
 
     k_nets, k_env = jax.random.split(jax.random.key(0))
     obs, state = env.reset(k_env, params)
@@ -84,10 +88,10 @@ def _scanned(name: str, size: Size, dummy_action: Any, init: Any, act: Any, upda
     )
 
     def call(n: int) -> float:
-        at[0], ended = run(at[0], jax.random.key(at[1]), n)
+        at[0], totals = run(at[0], jax.random.key(at[1]), n)
         at[1] += 1
-        done = np.asarray(ended)
-        return float(np.nanmean(done)) if np.isfinite(done).any() else math.nan
+        ended = np.asarray(totals)[np.isfinite(totals)]
+        return float(ended.mean()) if ended.size else math.nan
 
     return call
 
