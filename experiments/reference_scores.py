@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from qlab.lab.experiment import Claim, Experiment, Figure, Metric
 from qlab.rl.agent import Agent, random_agent
@@ -19,7 +18,6 @@ from qlab.rl.control_study import Budget, control_study
 from qlab.rl.dqn import double_dqn, mlp_q, unmasked
 from qlab.rl.envs.classic import SOLVED_CARTPOLE, cartpole_v1, pendulum_v1
 from qlab.rl.envs.control import ENVS
-from qlab.rl.envs.drawings import drawn
 from qlab.rl.off_policy import OnlineConfig
 from qlab.rl.sac import sac
 
@@ -54,7 +52,7 @@ def build(config: Any) -> Experiment:
         make_agent(c, env.obs_dim, env.action_dim),
         OnlineConfig(c.discount, 1, c.batch, 1, c.replay_size, c.learning_starts),
         Budget(c.num_steps, c.num_envs, c.round_steps, default.horizon, c.eval_episodes),
-        draw=lambda states, shown: drawn(c.env, jnp.asarray(states.x), shown),
+        film=True,
         num_seeds=c.seeds,
     )
 

@@ -1,12 +1,11 @@
 """A learner on one environment for a fixed number of steps, then its greedy policy over fresh episodes.
 
-Letters: E = environments side by side, F = frames of a film.
+Letters: E = environments side by side.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +14,12 @@ import jax.numpy as jnp
 from qlab.lab.errors import UserError
 from qlab.lab.experiment import Experiment, Phase
 from qlab.rl.agent import Agent
+from qlab.rl.envs.drawings import filmed
 from qlab.rl.envs.env import Env
 from qlab.rl.off_policy import OnlineConfig, off_policy
-from qlab.rl.rollout import episode_scores, film
+from qlab.rl.rollout import episode_scores
 
-FRAMES, STEPS_BETWEEN = 8, 10  # of a film
+STEPS_BETWEEN = 10  # two frames of a film
 
 
 class Budget(NamedTuple):
@@ -50,19 +50,19 @@ def control_study(
     config: OnlineConfig,
     budget: Budget,
     *,
-    draw: Callable[[Any, jax.Array], jax.Array] | None = None,
+    film: bool = False,
     num_seeds: int = 1,
 ) -> Experiment:
     """Trains for budget.num_steps environment steps, then scores the greedy policy.
 
     Args:
       name: of the task; keys hang on it, so that arms share them.
-      draw: (states with leading axis F, bool[F]) -> frames f32[F, L, 5] of the first episode of the test.
+      film: record the start of a test episode as arrays "film" and "film_step"; the name is a process of `envs.control`.
       num_seeds: for the check of the memory.
 
     A seed varies the net, exploration, minibatches, and the starts of training and test. Step metric "name/return": mean
     over the episodes that ended in a round (while exploring). Results: "name/return", mean over the test's episodes;
-    arrays "returns" f32[eval_episodes] and "film", "film_step".
+    array "returns" f32[eval_episodes].
     Raises:
       UserError: num_envs does not divide round_steps, or round_steps num_steps; a replay that does not fit.
     """
@@ -107,10 +107,8 @@ def control_study(
         policy = lambda key, obs: agent.act(online.agent, key, obs, greedy=True)  # noqa: E731
         returns = episode_scores(env, policy, k_test, b.eval_episodes, b.horizon)
         out = {"return": returns.mean(), "least": returns.min(), "returns": returns}
-        if draw is not None:
-            states, shown = film(env, policy, k_test, FRAMES, STEPS_BETWEEN)
-            steps = jnp.arange(FRAMES, dtype=jnp.float32) * STEPS_BETWEEN
-            out |= {"film": draw(states, shown), "film_step": steps}
+        if film:
+            out |= filmed(name, env, policy, k_test, STEPS_BETWEEN)
         return {f"{name}/{k}": v for k, v in out.items()}
 
     # "map": under vmap the condition on whether to learn yet would run both sides

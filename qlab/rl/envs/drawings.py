@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from qlab.rl.envs.control import GAP, GOAL, HALF_LENGTH, X_LIMIT
+from qlab.rl.envs.env import Env
+from qlab.rl.rollout import Acting, film
 
 NONE, GROUND, BODY, LIMB = range(4)
 WALL = 3.0  # half-width of what is shown of the point mass's wall
@@ -69,3 +71,15 @@ def drawn(name: str, x: jax.Array, shown: jax.Array) -> jax.Array:
     """Frames f32[F, L, 5] of states x f32[F, X]; where shown bool[F] is false, lines of look NONE."""
     frames = jax.vmap(DRAWINGS[name])(x)
     return frames.at[..., 4].multiply(shown[:, None])
+
+
+def filmed(
+    name: str, env: Env, policy: Acting, key: jax.Array, every: int, num_frames: int = 8
+) -> dict[str, jax.Array]:
+    """What a Figure of kind "filmstrip" draws: an episode of a process of `control` under (key, obs [1]) -> action [1].
+
+    "film" f32[F, L, 5] and "film_step" f32[F], the steps at which the frames were taken.
+    """
+    states, shown = film(env, policy, key, num_frames, every)
+    steps = every * jnp.arange(num_frames, dtype=jnp.float32)
+    return {"film": drawn(name, states.x, shown), "film_step": steps}
