@@ -94,6 +94,11 @@ def bootstrap(
 
 
 def interval(statistic: Callable[..., Any], *groups: Scores, **options: Any) -> Interval:
-    """The same of a single number, as the reports' Interval; n counts the runs of the first group."""
+    """The same of a single number, as the reports' Interval; n counts the runs of the first group.
+
+    With a single run on some task there is nothing to resample: low and high are nan.
+    """
     estimate, low, high = bootstrap(statistic, *groups, **options)
+    if any(len(x) < 2 for g in groups for x in g):
+        low = high = np.float64(np.nan)
     return Interval(sum(map(len, groups[0])), float(estimate), float(low), float(high))

@@ -53,7 +53,8 @@ def profile_plot(
     best = max(middle, key=lambda a: sign * middle[a].mean)
     runs = sum(map(len, scores[best]))
     note = f"Interquartile mean [95 % bootstrap] of {runs} runs: {', '.join(said)}."
-    if others := [a for a in scores if a != best][:MAX_NAMED]:
+    others = [a for a in scores if a != best][:MAX_NAMED]
+    if others and min(len(x) for s in scores.values() for x in s) > 1:
         first = [sign * x for x in scores[best]]
         wins = []
         for a in others:

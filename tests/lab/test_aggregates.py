@@ -88,3 +88,9 @@ def test_resamples_are_the_same_every_time_and_empty_tasks_are_refused():
     for empty in ([], [np.array([])], [np.ones(3), np.array([])]):
         with pytest.raises(ValueError, match="without runs"):
             ag.bootstrap(ag.iqm, empty)
+
+
+def test_a_single_run_has_no_interval():
+    got = ag.interval(ag.iqm, [np.array([1.0]), np.array([2.0, 3.0])])
+    assert (got.n, got.mean) == (3, 2.0)
+    assert np.isnan([got.low, got.high]).all()

@@ -58,6 +58,10 @@ def test_a_profile_without_runs_says_so():
         assert why == "P: no arm has score on all tasks"
     (plot,), _ = profile(Figure("P", "profile", "score"), {"a": {"score": [1.0, 1.0]}})
     assert "a 1 [1, 1]" in plot.note
+    (plot,), _ = profile(
+        Figure("P", "profile", "score"), {"a": {"score": [1.0]}, "b": {"score": [0.0]}}
+    )
+    assert plot.note == "Interquartile mean [95 % bootstrap] of 1 runs: a 1, b 0."
 
 
 def strip(frames, ended=None):  # a limb that grows, over a ground
