@@ -40,7 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
         discount=0.99,
         hidden=(64, 64),
         learning_rate=1e-3,
-        temperature="learned",
+        temperature=0.0,  # of the entropy; 0: learned
         tau=0.005,
         # DQN
         double=True,

@@ -28,7 +28,7 @@ PUBLISHED = {"pendulum": -156.995, "cartpole": 500.0}
 def make_agent(c: Any, obs_dim: int, action_dim: int) -> Agent:
     if c.agent == "sac":
         return sac(
-            obs_dim, action_dim, temperature=c.temperature, hidden=c.hidden, lr_actor=c.learning_rate,
+            obs_dim, action_dim, temperature=c.temperature or "learned", hidden=c.hidden, lr_actor=c.learning_rate,
             lr_critic=c.learning_rate, lr_alpha=c.learning_rate, tau=c.tau, shared_actor=True,
         )  # fmt: skip
     if c.agent == "dqn":
