@@ -13,7 +13,8 @@ exploration falling exponentially. Chosen on one or two seeds of root key 1000 (
 ended at 306, at 2 x 64 units and a copy every 200 updates DQN at 326; 2 x 256 and 2 x 128 units at 1e-3 at 498 and 500. SAC's
 first setting stood.
 
-Arms: sac, sac_fixed (temperature 0.2), double_dqn, dqn (the target net chooses the action it values), and random actions.
+Arms: sac, double_dqn and random actions; :ablation adds sac_fixed (temperature 0.2) and dqn (the target net chooses the
+action it values).
 A test is 500 episodes; a seed draws net, exploration, minibatches and all starts.
     python -m qlab.run --config configs/reference_scores.py
 """
@@ -21,6 +22,8 @@ A test is 500 episodes; a seed draws net, exploration, minibatches and all start
 from ml_collections import ConfigDict
 
 from qlab.lab.config import base, grid
+
+VARIANTS = ("", "smoke", "ablation")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -58,15 +61,15 @@ def get_config(variant: str = "") -> ConfigDict:
     c.arms = {
         "sac": {},
         "double_dqn": dqn,
-        "sac_fixed": {"temperature": 0.2},
-        "dqn": dqn | {"double": False},
         "random_pendulum": random,
         "random_cartpole": dqn | random,
     }
+    if variant == "ablation":
+        c.arms.sac_fixed = {"temperature": 0.2}
+        c.arms.dqn = dqn | {"double": False}
     if variant == "smoke":
         c.update(seeds=2, num_steps=1000, round_steps=500, eval_episodes=4, hidden=(32,))
-        for name in ("sac_fixed", "dqn", "random_cartpole"):
-            del c.arms[name]
+        del c.arms["random_cartpole"]
         c.arms.double_dqn.update(
             num_steps=2000, round_steps=1000, hidden=(32,), learning_starts=100
         )
