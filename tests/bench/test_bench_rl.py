@@ -19,6 +19,7 @@ def loop_of(task, arm, size):
         pytest.skip(str(e))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["qlab", "jax", "torch"])
 @pytest.mark.parametrize("task", ["sac", "dqn"])
 def test_a_loop_counts_episodes_across_calls(task, arm):
