@@ -8,6 +8,7 @@ temperatures and minibatches, and for "exact" the games.
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,8 +20,10 @@ from qlab.lab.experiment import Claim, Experiment, Figure, Metric
 from qlab.rl import rationality
 from qlab.rl import teacher as tt
 from qlab.rl.envs.control import ENVS, Physics, control
+from qlab.rl.envs.drawings import filmed
+from qlab.rl.envs.env import alone
 from qlab.rl.sac import sac
-from qlab.rl.two_player import DuelConfig, duel, play, robustness_grid
+from qlab.rl.two_player import DuelConfig, duel, play, robustness_grid, see
 
 # Mean reward a step that counts as 0 and as 100.
 ANCHORS = {"cartpole": (0.0, 1.0), "pendulum": (-6.0, 0.0), "point_mass": (0.0, 1.0)}
@@ -57,7 +60,7 @@ def build(config: Any) -> Experiment:
         raise UserError(f"env={c.env!r}: walkers with an external force are not in this lab yet")
     low, high = ANCHORS.get(c.env, (0.0, 1.0))
     env = control(c.env, max_force=c.adv_max_force, horizon=c.horizon)
-    longer = control(c.env, max_force=c.adv_max_force, horizon=c.eval_horizon)
+    longer = partial(control, c.env, max_force=c.adv_max_force, horizon=c.eval_horizon)
     settings = DuelConfig(
         iterations=c.iterations, best_response=c.best_response_steps, num_envs=c.episodes_per_phase,
         horizon=c.horizon, steps_per_update=c.steps_per_update, batch_size=c.batch,
@@ -65,8 +68,7 @@ def build(config: Any) -> Experiment:
         adversary=c.adversary_algo, teacher=c.teacher, conc0=c.conc0, gamma=teacher_config(c),
         visible=c.temperature_visible, force0=c.force0,
     )  # fmt: skip
-    physics = ENVS[c.env].physics
-    mass = physics.mass * np.linspace(*c.grid_mass, num=c.grid_size)
+    mass = ENVS[c.env].physics.mass * np.linspace(*c.grid_mass, num=c.grid_size)
     friction = np.linspace(*c.grid_friction, num=c.grid_size)
     cells = np.meshgrid(mass, friction, indexing="ij")
     grid = Physics(*(jnp.asarray(x, jnp.float32) for x in cells))
@@ -82,15 +84,14 @@ def build(config: Any) -> Experiment:
         n, steps, shown = c.eval_episodes, c.eval_horizon, jnp.zeros(c.eval_episodes)
         foes = {"none": lambda k, x: jnp.zeros((n, env.adversary_dim)), "own": own, "fresh": fresh}
         foes = {k: f for k, f in foes.items() if f is not None}
-        total = {k: play(longer, key, (policy, f), shown, steps).mean() for k, f in foes.items()}
-        cells = robustness_grid(
-            key, policy, lambda p: control(c.env, max_force=c.adv_max_force, horizon=steps, physics=p),
-            grid, n, steps,
-        )  # fmt: skip
+        total = {k: play(longer(), key, (policy, f), shown, steps).mean() for k, f in foes.items()}
+        cells = robustness_grid(key, policy, lambda p: longer(physics=p), grid, n, steps)
+        hardest = alone(longer(physics=jax.tree.map(lambda x: x[-1, -1], grid)))
+        met = filmed(c.env, hardest, lambda k, x: policy(k, see(x, shown[:1])), key, steps // 8)
         total |= {"grid": cells.mean(), "grid_q10": jnp.quantile(cells, 0.1)}
         out = {f"{k}/return": v for k, v in total.items()}
         out |= {f"{k}/score": 100 * (v / steps - low) / (high - low) for k, v in total.items()}
-        return out | {"grid_map": cells}
+        return out | {"grid_map": cells} | met
 
     return duel(env, make_agent, settings, evaluate, c.seeds)
 
@@ -114,14 +115,11 @@ CURRICULA = ("linear", "force", "fixed_temp")
 
 
 def _beats(text: str, task: str, right, margin: float = 0.0, source: str = "abstract") -> Claim:
-    metric = f"{task}/score"
-    return Claim(text, source, ("qarl", metric), ">=", (right, metric), margin, note=SMALL)
+    return Claim(text, source, ("qarl", f"{task}/score"), ">=", (right, f"{task}/score"), margin, note=SMALL)  # fmt: skip
 
 
 def _exact(text: str, metric: str, op: Any, bound: float) -> Claim:
-    return Claim(
-        text, "theory", ("exact", metric), op, bound, exact=True, note="solved, not learned"
-    )
+    return Claim(text, "theory", ("exact", metric), op, bound, exact=True, note="solved, not learned")  # fmt: skip
 
 
 CLAIMS = (
@@ -142,6 +140,8 @@ CLAIMS = (
 )  # fmt: skip
 FIGURES = (
     Figure("Return by test", "bars", "score", ylabel="%"),
+    Figure("Share of runs above a score, three tests together", "profile", "score", tasks=("none", "fresh", "grid")),
+    Figure("Without adversary, heaviest pole, most friction", "filmstrip", "film", "film_step"),
     Figure("Return without adversary, by physics", "heatmap", "grid_map", xlabel="friction, cell", ylabel="mass, cell"),
     Figure("Protagonist's discounted return, last against the fresh adversary", "curve", "discounted_return", xlabel="turn"),
     Figure("Temperature of the adversary, drawn or learned", "curve", "temperature", xlabel="turn", logy=True),

@@ -20,7 +20,7 @@ from qlab.lab.console import Console
 from qlab.lab.errors import UserError, nearest
 from qlab.lab.study import SCHEMA
 
-BENCHES = ("runner", "startup", "search", "quantum", "kernels", "ptq")
+BENCHES = ("runner", "startup", "search", "quantum", "kernels", "ptq", "rl")
 FOLDER = Path(__file__).resolve().parent / "benches"
 
 _EPILOG = """\
@@ -59,7 +59,7 @@ def bench(
     """Runs one bench, as `python -m qlab.bench NAME` does.
 
     Args:
-      name: runner, startup, search, quantum, kernels or ptq.
+      name: runner, startup, search, quantum, kernels, ptq or rl.
       quick: at most 40 s; fewer sizes and repetitions.
       workdir: default runs/bench-<name>; an earlier bench there is replaced.
       device: auto, cpu, gpu or tpu.

@@ -147,11 +147,15 @@ class Figure(NamedTuple):
     kind "line":  the named array `y` against the named array `x` from evaluate, a line an arm.
     kind "heatmap": the named 2-D array `y`, one panel an arm (mean over seeds).
     kind "circuit": the named array `y` f[G, 6] of the first seed, see qlab.lab.circuit_plot.
+    kind "profile": the result metric `y` over all its tasks together: the share of runs above a value, with bootstrap
+                  bands, interquartile means and probabilities of improvement (qlab.lab.aggregates).
+    kind "filmstrip": the named array `y` f[F, L, 5] of the first seed, a strip an arm, `x` the steps of its frames,
+                  see qlab.lab.filmstrip.
     `arms` restricts to some arms, `tasks` to some tasks (empty: all).
     """
 
     title: str
-    kind: Literal["curve", "bars", "line", "heatmap", "circuit"]
+    kind: Literal["curve", "bars", "line", "heatmap", "circuit", "profile", "filmstrip"]
     y: str
     x: str = ""
     xlabel: str = ""

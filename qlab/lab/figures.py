@@ -11,7 +11,9 @@ import numpy as np
 from qlab.lab import plots, stats
 from qlab.lab.circuit_plot import circuit_plot
 from qlab.lab.experiment import Figure
+from qlab.lab.filmstrip import filmstrip_plot
 from qlab.lab.plots import Line, Plot
+from qlab.lab.profile_plot import profile_plot
 
 MAX_POINTS = 200  # of a learning curve
 MAX_TASKS = 6  # plots of one declared figure
@@ -23,6 +25,7 @@ def figure_plots(
     arrays: Mapping[str, Mapping[str, np.ndarray]],
     cells: stats.Cells,
     arms: Sequence[str],
+    metrics: Mapping[str, Any] | None = None,
 ) -> tuple[list[Plot], str]:
     """The drawings of one declared figure, and "" or why there is nothing (more) to draw."""
     style = plots.styles(arms)
@@ -47,6 +50,13 @@ def figure_plots(
                 figure.title, cells, keys, names, style, ylabel=labels["ylabel"], logy=figure.logy
             )
         ], ""
+    if figure.kind == "profile":
+        keys = list(_tasks([k for a, k in cells if a in names], figure).values())
+        better = stats.better_of(figure.y, metrics or {})
+        plot = profile_plot(
+            figure.title, cells, keys, names, style, xlabel=figure.xlabel or figure.y, better=better
+        )
+        return ([plot], "") if plot.svg else ([], f"{figure.title}: no arm has {figure.y} on all tasks")  # fmt: skip
     found = _tasks([n for a in names for n in arrays.get(a, {})], figure)
     drawn: list[Plot] = []
     for task, name in list(found.items())[:MAX_TASKS]:
@@ -55,6 +65,12 @@ def figure_plots(
             circuits = {a: arrays[a][name][0] for a in names if name in arrays.get(a, {})}
             if circuits := {a: c for a, c in circuits.items() if c.ndim == 2 and c.shape[1] == 6}:
                 drawn.append(circuit_plot(title, circuits))
+            continue
+        if figure.kind == "filmstrip":
+            films = {a: arrays[a][name][0] for a in names if name in arrays.get(a, {})}
+            if films := {a: f for a, f in films.items() if f.ndim == 3 and f.shape[2] == 5}:
+                at = {a: _beside(arrays[a], task, figure.x) for a in films}
+                drawn.append(filmstrip_plot(title, films, {a: x for a, x in at.items() if x is not None}))  # fmt: skip
             continue
         if figure.kind == "heatmap":
             panels = {a: _mean2d(arrays[a][name]) for a in names if name in arrays.get(a, {})}
@@ -92,6 +108,12 @@ def _tasks(names: Sequence[str], figure: Figure) -> dict[str, str]:
     return {
         stats.task_of(k): k for k in keys if not figure.tasks or stats.task_of(k) in figure.tasks
     }
+
+
+def _beside(arrays: Mapping[str, np.ndarray], task: str, name: str) -> np.ndarray | None:
+    """The first seed of an array of the same task, else of no task."""
+    found = arrays.get(f"{task}/{name}", arrays.get(name)) if name else None
+    return None if found is None or found.ndim != 2 else found[0]
 
 
 def _mean2d(values: np.ndarray) -> np.ndarray | None:

@@ -175,7 +175,9 @@ def _plots(
                     "tasks": tuple(record.get("tasks") or ()),
                 }
             )
-            made, note = figures.figure_plots(figure, run.curves, run.arrays, cells, run.arms)
+            made, note = figures.figure_plots(
+                figure, run.curves, run.arrays, cells, run.arms, run.metrics
+            )
         except Exception as e:  # one bad figure must not cost the page
             made, note = (
                 [],

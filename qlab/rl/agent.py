@@ -52,6 +52,28 @@ class Agent(NamedTuple):
     q_value: Callable[[Any, Any, jax.Array], jax.Array] | None = None
 
 
+def random_agent(draw: Callable[[jax.Array, int], jax.Array]) -> Agent:
+    """An agent that acts at random and learns nothing: the floor that a learner is compared with.
+
+    Args:
+      draw: (key, N) -> N actions.
+
+    >>> agent = random_agent(lambda key, n: jax.random.randint(key, (n,), 0, 2))
+    >>> agent.act(agent.init(jax.random.key(0)), jax.random.key(1), jax.numpy.ones((3, 4))).shape
+    (3,)
+    """
+
+    def act(state: Any, key: jax.Array, obs: Any, greedy: bool = False) -> jax.Array:
+        del state, greedy
+        return draw(key, jax.tree.leaves(obs)[0].shape[0])
+
+    return Agent(
+        init=lambda key: (),
+        act=act,
+        update=lambda state, key, batch: (state, {"loss": jax.numpy.float32(0)}),
+    )
+
+
 class LearnerState(NamedTuple):
     """params: pytree. target: its moving average. opt_state: of optax."""
 

@@ -189,3 +189,29 @@ def double_dqn(
         return jnp.take_along_axis(net.apply(state.params, obs[0]), action[:, None], 1)[:, 0]
 
     return Agent(init, act, update, value, q_value)
+
+
+def unmasked(agent: Agent, num_actions: int) -> Agent:
+    """The agent on observations without a mask: every action is always legal.
+
+    >>> agent = unmasked(double_dqn(mlp_q(3, (8,), 2), 2), 2)
+    >>> agent.act(agent.init(jax.random.key(0)), jax.random.key(1), jnp.ones((4, 3))).shape
+    (4,)
+    """
+
+    def masked(features: Any) -> Obs:
+        n = jax.tree.leaves(features)[0].shape[0]
+        return features, jnp.ones((n, num_actions), bool)
+
+    def update(state: DQNState, key: jax.Array, batch: Transition):
+        seen = batch._replace(obs=masked(batch.obs), next_obs=masked(batch.next_obs))
+        return agent.update(state, key, seen)
+
+    value, q_value = agent.value, agent.q_value
+    return Agent(
+        agent.init,
+        lambda state, key, obs, greedy=False: agent.act(state, key, masked(obs), greedy),
+        update,
+        value and (lambda state, obs: value(state, masked(obs))),
+        q_value and (lambda state, obs, action: q_value(state, masked(obs), action)),
+    )

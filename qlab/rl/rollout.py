@@ -62,3 +62,44 @@ def episode_returns(reward: jax.Array, ends: jax.Array, discount: float) -> jax.
         return current, current
 
     return jax.lax.scan(forth, jnp.float32(0), (to_go, first))[1]
+
+
+Acting = Callable[[jax.Array, Any], jax.Array]  # (key, obs with leading axis E) -> actions [E]
+
+
+def episode_scores(
+    env: Env, policy: Acting, key: jax.Array, num_episodes: int, num_steps: int
+) -> jax.Array:
+    """Undiscounted return f32[num_episodes] of one episode each, at most num_steps long, side by side."""
+    n = num_episodes
+
+    def one(carry, keys):
+        states, obs, alive, total = carry
+        states, ts = jax.vmap(env.step)(states, policy(keys[n], obs), keys[:n])
+        total += alive * ts.reward
+        return (states, ts.obs, alive & ~(ts.terminated | ts.truncated), total), None
+
+    k_reset, k_steps = jax.random.split(key)
+    states, obs = jax.vmap(env.reset)(jax.random.split(k_reset, n))
+    carry = (states, obs, jnp.ones(n, bool), jnp.zeros(n))
+    keys = jax.random.split(k_steps, (num_steps, n + 1))
+    return jax.lax.scan(one, carry, keys)[0][3]
+
+
+def film(
+    env: Env, policy: Acting, key: jax.Array, num_frames: int, every: int
+) -> tuple[Any, jax.Array]:
+    """States of one episode, every so many steps, and bool[num_frames]: it had not ended before.
+
+    The first frame is the first state; the states have the leading axis num_frames.
+    """
+
+    def one(carry, k):
+        state, obs, alive = carry
+        state_then, ts = env.step(state, policy(k[0], obs[None])[0], k[1])
+        return (state_then, ts.obs, alive & ~(ts.terminated | ts.truncated)), (state, alive)
+
+    k_reset, k_steps = jax.random.split(key)
+    carry = (*env.reset(k_reset), jnp.bool_(True))
+    keys = jax.random.split(k_steps, ((num_frames - 1) * every + 1, 2))
+    return jax.tree.map(lambda x: x[::every], jax.lax.scan(one, carry, keys)[1])

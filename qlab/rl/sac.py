@@ -9,7 +9,8 @@ was drawn in, and its next state uses the same one (the adaptive temperature of 
 arXiv 2311.01642). A negative entry asks for the learned temperature instead, so that one compiled program
 serves both kinds. The observation may carry the temperature too; that is the caller's choice.
 
-Mean and log standard deviation are separate networks of one shape, as are the two critics.
+Mean and log standard deviation are separate networks of one shape (QARL's), or two heads of one (shared_actor, most
+implementations'); the two critics are separate networks of one shape.
 Letters: N = batch, S = observation, D = action dimensions.
 """
 
@@ -49,7 +50,10 @@ def _pair(key: jax.Array, num_in: int, hidden: Sequence[int], num_out: int) -> A
 
 def gaussian(actor: Any, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and log standard deviation before the tanh, f32[N, D] each."""
-    mean, log_std = jax.vmap(dense_apply, (0, None))(actor, obs)
+    if actor[0]["w"].ndim == 2:  # one network
+        mean, log_std = jnp.split(dense_apply(actor, obs), 2, -1)
+    else:
+        mean, log_std = jax.vmap(dense_apply, (0, None))(actor, obs)
     return mean, jnp.clip(log_std, *LOG_STD)
 
 
@@ -83,6 +87,7 @@ def sac(
     init_temperature: float = 1.0,
     target_entropy: float | None = None,
     actor_warmup: int = 0,
+    shared_actor: bool = False,
 ) -> Agent:
     """The learner; defaults are those of QARL's repository.
 
@@ -92,6 +97,7 @@ def sac(
       init_temperature: start of a learned temperature.
       target_entropy: of a learned temperature, in nats; None is -action_dim.
       actor_warmup: updates in which only the critics learn.
+      shared_actor: mean and log standard deviation are heads of one network.
     Returns:
       An Agent; "update" reports loss (critic + actor), critic_loss, actor_loss, entropy, alpha, q.
     Raises:
@@ -121,8 +127,12 @@ def sac(
     def init(key: jax.Array) -> SACState:
         k_actor, k_critic = jax.random.split(key)
         critic = _pair(k_critic, obs_dim + action_dim, hidden, 1)
+        if shared_actor:
+            actor = dense_init(k_actor, obs_dim, hidden, 2 * action_dim)
+        else:
+            actor = _pair(k_actor, obs_dim, hidden, action_dim)
         params = {
-            "actor": _pair(k_actor, obs_dim, hidden, action_dim),
+            "actor": actor,
             "critic": critic,
             "log_alpha": jnp.log(jnp.float32(init_temperature)),
         }

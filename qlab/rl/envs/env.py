@@ -71,6 +71,20 @@ def alone(env: TwoPlayerEnv) -> Env:
     )
 
 
+def discrete(env: Env, actions: Any) -> Env:
+    """The environment with a list of actions to choose from: step takes i32[], a row of actions f32[A, D].
+
+    action_dim of the result is A.
+    """
+    table = jnp.asarray(actions, jnp.float32)
+    return Env(
+        env.reset,
+        lambda state, action, key: env.step(state, table[action], key),
+        env.obs_dim,
+        len(table),
+    )
+
+
 def check_bound(name: str, bound: float) -> None:
     """Raises where a box of actions has no finite positive half-width.
 

@@ -1,0 +1,84 @@
+"""SAC on Pendulum-v1 and double DQN on CartPole-v1: do the lab's agents reach published scores?
+
+Reference: RL Baselines3 Zoo, benchmark.md (at 22e3ff2): SAC after 20,000 steps of Pendulum-v1 -156.995 (deviation of episodes
+88.7), DQN after 50,000 steps of CartPole-v1 500.0, one run each, greedy, 150,000 test steps; Gymnasium counts CartPole-v1
+as solved at 475. Methods: Haarnoja et al. 2018 (arXiv 1812.05905), van Hasselt et al. 2016 (arXiv 1509.06461). The
+environments are Gymnasium's equations, rewards and time limits in JAX, tested step for step against it.
+
+Same steps, updates (one a step for SAC, one every two for DQN), learning rate (SAC 1e-3), discount, target rate, final
+exploration and start of learning as there. Smaller here: nets of 2 x 64 (SAC) and 2 x 128 units instead of 2 x 256, batch
+128 instead of 256 for SAC. For DQN learning rate 1e-3 instead of 2.3e-3, two environments side by side with an
+update after each of their steps instead of 128 updates after 256 steps, the target copied every 128 updates as there,
+exploration falling exponentially. Chosen on one or two seeds of root key 1000 (0 is reported): at 2.3e-3 one of two seeds
+ended at 306, at 2 x 64 units and a copy every 200 updates DQN at 326; 2 x 256 and 2 x 128 units at 1e-3 at 498 and 500. SAC's
+first setting stood.
+
+Arms: sac, double_dqn and random actions; :ablation adds sac_fixed (temperature 0.2) and dqn (the target net chooses the
+action it values).
+A test is 500 episodes; a seed draws net, exploration, minibatches and all starts.
+    python -m qlab.run --config configs/reference_scores.py
+"""
+
+from ml_collections import ConfigDict
+
+from qlab.lab.config import base, grid
+
+VARIANTS = ("", "smoke", "ablation")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = base(
+        experiment="reference_scores",
+        seed=0,
+        seeds=5,
+        # SAC on Pendulum-v1; the DQN arms below say what differs.
+        env="pendulum",  # pendulum, cartpole
+        agent="sac",  # sac, dqn, random
+        num_steps=20_000,
+        num_envs=1,  # an update follows each step of all of them
+        round_steps=1000,
+        batch=128,
+        replay_size=20_000,
+        learning_starts=100,
+        discount=0.99,
+        hidden=(64, 64),
+        learning_rate=1e-3,
+        temperature=0.0,  # of the entropy; 0: learned
+        tau=0.005,
+        # DQN
+        double=True,
+        target_every=128,  # updates between two copies of the net
+        epsilon_decay=0.9992,
+        epsilon_final=0.04,
+        # Test
+        eval_episodes=500,
+    )
+    dqn = dict(
+        env="cartpole", agent="dqn", num_steps=50_000, num_envs=2, round_steps=2000, batch=64,
+        replay_size=50_000, learning_starts=1000, learning_rate=1e-3, hidden=(128, 128),
+    )  # fmt: skip
+    random = dict(agent="random", num_steps=2000)  # it learns nothing, so steps do not matter
+    c.arms = {
+        "sac": {},
+        "double_dqn": dqn,
+        "random_pendulum": random,
+        "random_cartpole": dqn | random,
+    }
+    if variant == "ablation":
+        c.arms.sac_fixed = {"temperature": 0.2}
+        c.arms.dqn = dqn | {"double": False}
+    if variant == "smoke":
+        c.update(seeds=2, num_steps=1000, round_steps=500, eval_episodes=4, hidden=(32,))
+        del c.arms["random_cartpole"]
+        c.arms.double_dqn.update(
+            num_steps=2000, round_steps=1000, hidden=(32,), learning_starts=100
+        )
+    return c
+
+
+def sweep():
+    """Updates, nets and target rates that the scores hang on."""
+    yield from grid({"hidden": ((32, 32), (64, 64), (256, 256))})
+    yield from grid({"learning_rate": (3e-4, 1e-3, 3e-3)})
+    yield from grid({"batch": (64, 128, 256)})
+    yield from grid({"target_every": (10, 100, 500)})
