@@ -10,7 +10,7 @@ Both nets are in evaluation mode; kernels, biases, and scales and biases of the 
 
 The published codes of AdaDFQ and AdaSG share this algorithm and differ by its coefficients (`METHODS`). GDFQ (Xu et al.,
 ECCV 2020) has L_G = CE(z_P, y) + 0.1 L_BNS and L_Q = CE(z_Q, y) + T^2 KL / C (its code averages KL over classes too).
-Coefficients and widths are data, so that one compiled step serves all of them.
+Coefficients, widths and rates are data, so that one compiled step serves all of them.
 
 Letters: N = samples, C = classes, T = temperature.
 """
@@ -154,7 +154,8 @@ class State(NamedTuple):
 
     Attributes:
       key: folded with `step`, i32[]. teacher: P's params. student: what is trained of Q. ranges: of activations.
-      generator, adam, sgd: G's params, the optimizers' states. coefficients: f32[] each. w_bits, a_bits: f32[].
+      generator, adam, sgd: G's params, the optimizers' states. coefficients, w_bits, a_bits: f32[] each. rates: f32[2],
+        of G and Q before they fall.
     """
 
     key: jax.Array
@@ -168,10 +169,17 @@ class State(NamedTuple):
     coefficients: Coefficients
     w_bits: jax.Array
     a_bits: jax.Array
+    rates: jax.Array
 
 
 class DataFree(NamedTuple):
-    """A trainer, its functions pure; hashable.
+    """A trainer, its functions pure; hashable. For a trained net of your own:
+
+        dfq = DataFree(family, generator(GeneratorSize(16, 1, 10)), Fit(num_steps=1000, warmup=100, range_steps=100))
+        state = dfq.init(jax.random.key(0), params, w_bits=3, a_bits=3)
+        for _ in range(5):
+            state, metrics = jax.jit(dfq.epoch)(state)
+        logits = dfq.logits(state, x)
 
     Attributes:
       family: P's. generator: G's. fit: how they are trained.
@@ -197,7 +205,8 @@ class DataFree(NamedTuple):
         adam, sgd = self._adam().init(g), self._sgd().init(student)
         c = Coefficients(*map(jnp.float32, c))
         bits = jnp.float32(w_bits), jnp.float32(a_bits)
-        return State(k_steps, jnp.int32(0), teacher, g, adam, student, sgd, ranges, c, *bits)
+        rates = jnp.array([fit.rate_g, fit.rate_q], jnp.float32)
+        return State(k_steps, jnp.int32(0), teacher, g, adam, student, sgd, ranges, c, *bits, rates)
 
     def step(self, s: State) -> tuple[State, Metrics]:
         """One step of G and one of Q on fresh generated images."""
@@ -215,7 +224,7 @@ class DataFree(NamedTuple):
 
         (value, (x, z_p, z_q, bns)), grads = jax.value_and_grad(loss, has_aux=True)(s.generator)
         updates, adam = self._adam().update(grads, s.adam)
-        g = self._moved(s.generator, updates, self.fit.rate_g, s.step)
+        g = self._moved(s.generator, updates, s.rates[0], s.step)
         after, loss_q = self._student_step(s, x, z_p, y)
         h = normalised(disagreement_entropy(z_p, z_q), size.classes)
         inside = (h >= s.coefficients.low) & (h <= s.coefficients.high)
@@ -229,6 +238,18 @@ class DataFree(NamedTuple):
             "differ": 100.0 * (z_p.argmax(-1) != z_q.argmax(-1)).mean(),
         }
         return after._replace(generator=g, adam=adam), metrics
+
+    def epoch(self, s: State, num: int = 200) -> tuple[State, Metrics]:
+        """num steps in one program, their metrics averaged; for your own net, and for accelerators."""
+
+        def body(carry, _):
+            s, total = carry
+            s, metrics = self.step(s)
+            return (s, jax.tree.map(jnp.add, total, metrics)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(self.step, s)[1])
+        (s, total), _ = jax.lax.scan(body, (s, zeros), None, length=num)
+        return s, jax.tree.map(lambda a: a / num, total)
 
     def step_on(self, s: State, x: jax.Array, y: jax.Array) -> tuple[State, Metrics]:
         """One step of Q alone on images from elsewhere (real ones: an upper bound); y: i32[N]."""
@@ -282,13 +303,13 @@ class DataFree(NamedTuple):
 
         (value, ranges), grads = jax.value_and_grad(loss, has_aux=True)(s.student)
         updates, sgd = self._sgd().update(grads, s.sgd, s.student)
-        moved = self._moved(s.student, updates, self.fit.rate_q, s.step), sgd
+        moved = self._moved(s.student, updates, s.rates[1], s.step), sgd
         trained = s.step >= self.fit.warmup
         old = s.student, s.sgd
         student, sgd = jax.tree.map(lambda a, b: jnp.where(trained, a, b), moved, old)
         return s._replace(student=student, sgd=sgd, ranges=ranges, step=s.step + 1), value
 
-    def _moved(self, params, updates, rate: float, step: jax.Array):
+    def _moved(self, params, updates, rate: jax.Array, step: jax.Array):
         """params - rate(step) * updates."""
         done = step / self.fit.num_steps
         fallen = sum((done >= share).astype(jnp.float32) for share in self.fit.drops)

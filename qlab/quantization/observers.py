@@ -83,7 +83,7 @@ def ema(beta: float = 0.9, per: Per = "tensor", correction: Correction = "end") 
     >>> for _ in range(5):
     ...     state = o.update(state, jnp.array([[0.0, 1.0]]))
     >>> round(float(o.finalize(state)[1]))  # each batch's max was 1
-    113
+    104
     """
     inner = minmax(per)
 

@@ -28,6 +28,7 @@ from qlab.quantization.ada_dfq import (
     student_loss,
 )
 from qlab.quantization.bn_statistics import bn_stat_loss, net_bn_inputs
+from qlab.quantization.data_free import assert_data_free
 
 C = 10
 
@@ -317,6 +318,17 @@ def test_optimizers_are_torchs(dfq, states):
 
 
 @pytest.mark.slow
+def test_an_epoch_is_its_steps(dfq, states):
+    s, metrics = states
+    after, mean = jax.jit(dfq.epoch, static_argnums=1)(s[2], 3)
+    assert int(after.step) == 5
+    for a, b in zip(jax.tree.leaves(after.student), jax.tree.leaves(s[5].student), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    expected = sum(float(m["loss"]) for m in metrics[2:5]) / 3
+    assert float(mean["loss"]) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_real_images_train_the_student_alone(dfq, states):
     s, _ = states
     x, y = jax.random.uniform(jax.random.key(9), (6, 8, 8, 1)), jnp.array([0, 1, 2, 3, 0, 1])
@@ -358,6 +370,28 @@ def test_bad_configs_are_one_line():
         build(merged("ada_dfq", source="gaussian"))
     with pytest.raises(UserError, match="ResNet-18"):
         build(merged("ada_dfq", net="imagenet_resnet18"))
+
+
+@pytest.mark.slow
+def test_the_study_trains_without_data_and_the_upper_bound_does_not():
+    """`init` itself checks; the arm that is meant to train on real images is caught by the same check."""
+    from qlab import data
+
+    images = data.load("digits16").x_train
+    for arm, clean in (("ada_dfq", True), ("real_kd", False)):
+        c = get_config("smoke")
+        c.update({} if clean else {"source": "real"})
+        c.arm = arm
+        study = build(c)
+        state, step = study.init(jax.random.key(0)), study.phases[0].step
+        if clean:
+            assert_data_free(step, state, images)
+            hidden = state._replace(cells=state.cells._replace(key=jnp.asarray(images[:2])))
+            with pytest.raises(AssertionError, match=r"state\.cells\.key"):
+                assert_data_free(lambda s: s.step, hidden, images)
+        else:
+            with pytest.raises(AssertionError, match="holds a real image"):
+                assert_data_free(step, state, images)
 
 
 def test_published_constants_of_the_inputs_are_those_of_the_training_images():
