@@ -199,6 +199,11 @@ class DataFree(NamedTuple):
             )
         k_net, k_steps = jax.random.split(key)
         teacher = tuple(teacher)
+        answers = teacher[-1]["head"]["bias"].shape[-1]
+        if answers != s.classes:
+            raise UserError(
+                f"the net answers {answers} classes, its generator is asked for {s.classes}"
+            )
         g, student = self.generator.init(k_net), learned(teacher)
         x = jax.ShapeDtypeStruct((1, s.side, s.side, s.channels), jnp.float32)
         ranges = init_ranges(self.family.net, teacher, x, self.observer)

@@ -342,6 +342,9 @@ def test_bad_schedules_and_methods_are_named(dfq, teacher):
         dfq._replace(fit=FIT._replace(range_steps=0)).init(jax.random.key(0), teacher)
     with pytest.raises(UserError, match="warmup=9 of 8"):
         dfq._replace(fit=FIT._replace(warmup=9)).init(jax.random.key(0), teacher)
+    other = dfq._replace(generator=generator(GeneratorSize(8, 1, 5, 10, (4, 3))))
+    with pytest.raises(UserError, match="4 classes, its generator is asked for 5"):
+        other.init(jax.random.key(0), teacher)
     with pytest.raises(UserError, match="method='dfq'"):
         coefficients("dfq", {})
     assert coefficients("ada_dfq", {"a_as": 0.0}).a_as == 0
