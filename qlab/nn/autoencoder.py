@@ -9,7 +9,6 @@ Letters: N = images, S = side (a multiple of 4), n = latent width.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from qlab.lab.errors import UserError, nearest
+from qlab.nn.taps import Kind, conv
 
 Params = Any
 
@@ -79,40 +79,7 @@ def classical_latent(name: str, n: int) -> Latent:
     return CLASSICAL[name](n)
 
 
-@functools.cache
-def _taps(size: int, kind: str) -> np.ndarray:
-    """f32[size, out, 3]: which input row each of 3 taps of an output row reads, as 0 and 1 (0: beyond the edge).
-
-    kind "down": stride 2, "same" padding, out = size / 2. "up": transposed, stride 2 (padding 1, output padding 1).
-    """
-    out = size // 2 if kind == "down" else 2 * size
-    pick = np.zeros((size, out, 3), np.float32)
-    for row in range(out):
-        for tap in range(3):
-            # down: XLA's "same" pads behind the last row. up: rows with zeros between them, padded by one
-            at, odd = (2 * row + tap, 0) if kind == "down" else divmod(row + tap - 1, 2)
-            if not odd and 0 <= at < size:
-                pick[at, row, tap] = 1
-    return pick
-
-
-def conv(x: jax.Array, kernel: jax.Array, kind: str) -> jax.Array:
-    """3 x 3 convolution of stride 2 ("down") or its transpose ("up"): f[N, H', W', out] from f[N, H, W, C].
-
-    The two places of a tap are products with constant matrices of 0 and 1; kernel f[9 C, out] maps the 9 C numbers
-    of a patch to out. It acts on the smaller image: after the taps are read on the way down, before they are added
-    on the way up.
-    """
-    rows, cols = (jnp.asarray(_taps(s, kind), x.dtype) for s in x.shape[1:3])
-    exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    if kind == "down":
-        patches = exact("niwpc,wjq->nijpqc", exact("nhwc,hip->niwpc", x, rows), cols)
-        return patches.reshape(*patches.shape[:3], -1) @ kernel
-    taps = jnp.einsum("nhwc,pqcd->nhwpqd", x, kernel.reshape(3, 3, x.shape[-1], -1))
-    return exact("niwqd,wjq->nijd", exact("nhwpqd,hip->niwqd", taps, rows), cols)
-
-
-def _layer(x: jax.Array, dense: Any, kind: str) -> jax.Array:
+def _layer(x: jax.Array, dense: Any, kind: Kind) -> jax.Array:
     return conv(x, dense.kernel[...], kind) + dense.bias[...]
 
 

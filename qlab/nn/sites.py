@@ -14,7 +14,7 @@ Letters: n = blocks of a group, N = samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -126,6 +126,14 @@ def run_group(group: Group, stacked: Params, x: Any, run: Run = FLOAT) -> Any:
     if group.n == 1:
         return group.block(pick(stacked, 0), x, run)
     return jax.lax.scan(lambda x, params: (group.block(params, x, run), None), x, stacked)[0]
+
+
+def blocks_of(net: BlockNet, params: Sequence[Params]) -> Iterator[tuple[str, Block, Params]]:
+    """(name, block, its own params) of every block, in order: for a walk that is not scanned over groups."""
+    names = iter(net.names)
+    for group, stacked in zip(net.groups, params, strict=True):
+        for i in range(group.n):
+            yield next(names), group.block, jax.tree.map(lambda a, i=i: a[i], stacked)
 
 
 def pick(stacked: Any, i) -> Any:

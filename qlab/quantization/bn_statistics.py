@@ -18,7 +18,7 @@ import optax
 import optax.contrib
 
 from qlab.nn.resnet import norms
-from qlab.nn.sites import Block, BlockNet, Params, capture
+from qlab.nn.sites import Block, BlockNet, Params, blocks_of, capture
 from qlab.quantization.methods import squared_error
 
 EPS = 1e-6  # under both roots of a standard deviation
@@ -63,6 +63,18 @@ def bn_inputs(block: Block, params: Params, x: jax.Array) -> dict[str, jax.Array
     """{norm: its input f32[N, H, W, C]} in a block of `qlab.nn.resnet` with norms."""
     seen = capture(block, params, x)[1]
     return {name: seen[name] for name in norms(params)}
+
+
+def net_bn_inputs(
+    net: BlockNet, params: Sequence[Params], x: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]:
+    """(logits, {"block1/conv1_bn": its input f32[N, H, W, C]}, {the same: running (mean, var)}) of a whole net."""
+    seen, running = {}, {}
+    for name, block, p in blocks_of(net, params):
+        x, here = capture(block, p, x)
+        for norm, stats in norms(p).items():
+            seen[f"{name}/{norm}"], running[f"{name}/{norm}"] = here[norm], stats
+    return x, seen, running
 
 
 def distribution_correct(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from qlab.nn.sites import BlockNet, Params, capture, pick
 
 Per = Literal["tensor", "channel"]
+Correction = Literal["end", "repo"]
 BINS = 4096  # of a histogram, half of them for either sign
 
 
@@ -67,10 +68,22 @@ def minmax(per: Per = "tensor") -> Observer:
     return Observer(init, update, merge, lambda state: state)
 
 
-def ema(beta: float = 0.9, per: Per = "tensor") -> Observer:
+def ema(beta: float = 0.9, per: Per = "tensor", correction: Correction = "end") -> Observer:
     """(lo, hi): exponential mean of each batch's min and max, corrected for its start at 0.
 
     The order of batches matters, so states cannot be merged.
+
+    Args:
+      correction: "end" divides what `finalize` gives by 1 - beta^t, t batches seen. "repo" divides the stored mean at
+        every update, as data-free quantization code does (GDFQ, AdaDFQ): that corrects again and again, and the range is
+        thousands of times too wide after twenty batches and right (to 2 %) after some 150.
+
+    >>> o = ema(correction="repo")
+    >>> state = o.init(1)
+    >>> for _ in range(5):
+    ...     state = o.update(state, jnp.array([[0.0, 1.0]]))
+    >>> round(float(o.finalize(state)[1]))  # each batch's max was 1
+    104
     """
     inner = minmax(per)
 
@@ -79,19 +92,18 @@ def ema(beta: float = 0.9, per: Per = "tensor") -> Observer:
         return jnp.zeros_like(lo), jnp.zeros_like(lo), jnp.zeros(())
 
     def update(state, x, mask=None):
-        lo, hi = inner.update(inner.init(x.shape[-1]), x, mask)
-        return (
-            beta * state[0] + (1 - beta) * lo,
-            beta * state[1] + (1 - beta) * hi,
-            state[2] + 1,
-        )
+        now = inner.update(inner.init(x.shape[-1]), x, mask)
+        count = state[2] + 1
+        by = 1.0 - beta**count if correction == "repo" else 1.0
+        lo, hi = ((beta * old + (1 - beta) * v) / by for old, v in zip(state, now, strict=False))
+        return lo, hi, count
 
     def merge(a, b):
         raise ValueError("an EMA depends on the order of batches; it cannot be merged")
 
     def finalize(state):
-        correct = 1.0 - beta ** state[2]
-        return state[0] / correct, state[1] / correct
+        by = 1.0 if correction == "repo" else 1.0 - beta ** state[2]
+        return state[0] / by, state[1] / by
 
     return Observer(init, update, merge, finalize)
 
