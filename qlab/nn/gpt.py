@@ -101,7 +101,7 @@ def attention(q: jax.Array, k: jax.Array, visible: jax.Array) -> jax.Array:
 
     visible: bool[N or 1, T, S]; a row that sees nothing is uniform.
     """
-    n, t, h, c = q.shape
+    n, t, _, c = q.shape
     q = q.reshape(n, t, k.shape[2], -1, c)
     scores = jnp.einsum("ntkgc,nskc->nkgts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores * c**-0.5, MASKED)
@@ -149,16 +149,18 @@ class Decoder(nnx.Module):
         self.heads, self.kv_heads, self.width, self.base = s.heads, s.kv_heads, s.width, s.base
         self.prefix, self.part = s.prefix, s.part
 
-        def linear(a: int, b: int, bias: bool = False) -> nnx.Linear:
-            init = nnx.initializers.normal(a**-0.5)
+        def linear(a: int, b: int, bias: bool = False, scale: float = 1.0) -> nnx.Linear:
+            init = nnx.initializers.normal(scale * a**-0.5)
             return nnx.Linear(a, b, use_bias=bias, kernel_init=init, rngs=rngs)
+
+        into = (2 * s.depth) ** -0.5  # of what adds to the residual stream, as in GPT-2
 
         self.attn_norm = RMSNorm(s.dim, s.eps)
         self.qkv = linear(s.dim, (s.heads + 2 * s.kv_heads) * s.width, s.qkv_bias)
-        self.proj = linear(s.heads * s.width, s.dim)
+        self.proj = linear(s.heads * s.width, s.dim, scale=into)
         self.mlp_norm = RMSNorm(s.dim, s.eps)
         self.gate_up = linear(s.dim, 2 * s.hidden)
-        self.down = linear(s.hidden, s.dim)
+        self.down = linear(s.hidden, s.dim, scale=into)
 
     def __call__(self, x: Any, run: Run = FLOAT) -> Any:
         if isinstance(x, tuple):

@@ -118,15 +118,15 @@ ZOO = {
         4e-3,
     ),
     # Vision-language: a picture of a digit and a question of five words, answered with one.
-    "digits_vlm": Recipe("vlm", tuple(VLMSize()), "digits_vqa", 900, 32, 4e-3, 0.1, augment=1),
+    "digits_vlm": Recipe("vlm", tuple(VLMSize()), "digits_vqa", 1600, 16, 3e-3, 0.1),
     "digits_vlm_small": Recipe(
         "vlm",
-        tuple(VLMSize(vision_dim=16, vision_depth=1, vision_hidden=32, dim=32, depth=2, hidden=64)),
+        tuple(VLMSize(vision_dim=16, vision_depth=1, vision_hidden=32, dim=32, depth=1, hidden=64)),
         "digits_vqa",
         200,
-        32,
+        16,
         6e-3,
-    ),
+    ),  # fmt: skip
     "text_gpt": Recipe("gpt", tuple(PRESETS["tiny"]), "tiny_shakespeare", 1500, 32, 4e-3, 0.1),
     "text_mamba_large": Recipe(
         "mamba",

@@ -43,8 +43,11 @@ def conditional_entropy(q1: jax.Array, q2: jax.Array, n_levels: int) -> jax.Arra
         raise ValueError(f"codes of shapes {q1.shape} and {q2.shape} do not pair up")
     pair = q1.astype(jnp.int32) * n_levels + q2.astype(jnp.int32)
     joint = code_histogram(pair, n_levels**2).reshape(n_levels, n_levels)
-    given = joint / jnp.maximum(joint.sum(1, keepdims=True), 1e-30)
-    terms = jnp.where(joint > 0, joint * jnp.log(jnp.where(joint > 0, given, 1.0)), 0.0)
+    row = joint.sum(1, keepdims=True)
+    # the difference of logarithms is exactly 0 where a row has one entry
+    terms = joint * (
+        jnp.log(jnp.where(joint > 0, joint, 1.0)) - jnp.log(jnp.where(row > 0, row, 1.0))
+    )
     return jnp.maximum(-terms.sum(), 0.0)
 
 
