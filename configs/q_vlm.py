@@ -86,8 +86,15 @@ def get_config(variant: str = "") -> ConfigDict:
         "smoothquant": {"search": "token", "rewrite": "smooth"},
     }
     if variant == "smoke":
-        c.update(seeds=1, net="digits_vlm_small", cells=("w4a4",), num_calibration=8)
-        c.arms = {name: c.arms[name].to_dict() for name in ("layerwise", "fixed_3", "entropy")}
+        c.update(
+            seeds=1,
+            net="digits_vlm_small",
+            cells=("w4a4",),
+            num_calibration=8,
+            weight_grid="minmax",
+        )
+        c.arms = {name: c.arms[name].to_dict() for name in ("layerwise", "fixed_3")}
+        c.arms["entropy"] = {}
     if variant == "ablation":
         c.cells = ("w4a4",)
         encoder = {"encoder_steps": 100}

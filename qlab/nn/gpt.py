@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qlab.nn.draws import pooled_init
 from qlab.nn.sites import FLOAT, BlockNet, Run, block_net
 
 # The norms of a block, each with the weight products that read it (see qlab.nn.outliers).
@@ -149,18 +150,21 @@ class Decoder(nnx.Module):
         self.heads, self.kv_heads, self.width, self.base = s.heads, s.kv_heads, s.width, s.base
         self.prefix, self.part = s.prefix, s.part
 
-        def linear(a: int, b: int, bias: bool = False, scale: float = 1.0) -> nnx.Linear:
-            init = nnx.initializers.normal(scale * a**-0.5)
+        wide = s.heads * s.width
+        per = s.dim * (2 * wide + 2 * s.kv_heads * s.width + 3 * s.hidden)
+        init = pooled_init(jax.random.normal(rngs.params(), (per,)))
+
+        def linear(a: int, b: int, bias: bool = False) -> nnx.Linear:
             return nnx.Linear(a, b, use_bias=bias, kernel_init=init, rngs=rngs)
 
-        into = (2 * s.depth) ** -0.5  # of what adds to the residual stream, as in GPT-2
-
         self.attn_norm = RMSNorm(s.dim, s.eps)
-        self.qkv = linear(s.dim, (s.heads + 2 * s.kv_heads) * s.width, s.qkv_bias)
-        self.proj = linear(s.heads * s.width, s.dim, scale=into)
+        self.qkv = linear(s.dim, wide + 2 * s.kv_heads * s.width, s.qkv_bias)
+        self.proj = linear(wide, s.dim)
         self.mlp_norm = RMSNorm(s.dim, s.eps)
         self.gate_up = linear(s.dim, 2 * s.hidden)
-        self.down = linear(s.hidden, s.dim, scale=into)
+        self.down = linear(s.hidden, s.dim)
+        for last in (self.proj, self.down):  # they add to the residual stream: small, as in GPT-2
+            last.kernel = nnx.Param(last.kernel[...] * (2 * s.depth) ** -0.5)
 
     def __call__(self, x: Any, run: Run = FLOAT) -> Any:
         if isinstance(x, tuple):

@@ -126,7 +126,7 @@ ZOO = {
         200,
         16,
         6e-3,
-    ),  # fmt: skip
+    ),
     "text_gpt": Recipe("gpt", tuple(PRESETS["tiny"]), "tiny_shakespeare", 1500, 32, 4e-3, 0.1),
     "text_mamba_large": Recipe(
         "mamba",

@@ -26,7 +26,6 @@ Letters: N = samples, T = tokens, D = channels, L = layers of the decoder, n = b
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +38,6 @@ from qlab.nn.sites import BlockNet, Params, pick
 from qlab.quantization.activations import Affine, PerToken, affine
 from qlab.quantization.blocks import QuantizedBlock
 from qlab.quantization.encoder_ranges import Ends, front, front_ranges, search_front, tune_encoder
-from qlab.quantization.grid import calibrate, nearest_codes
 from qlab.quantization.language_layers import (
     FloatPass,
     State,
@@ -52,7 +50,7 @@ from qlab.quantization.language_layers import (
     output_error,
     start_state,
 )
-from qlab.quantization.qtensor import QTensor, dequantize, pack_qtensor
+from qlab.quantization.qtensor import QTensor
 from qlab.quantization.range_search import (
     EXHAUSTIVE,
     Cost,
@@ -67,14 +65,13 @@ from qlab.quantization.range_search import (
     shuffled_partition,
 )
 from qlab.quantization.repo_ranges import repo_ranges
+from qlab.quantization.vlm_weights import PRODUCTS, round_weights, with_weights
 
 Search = Literal["minmax", "layerwise", "blocks", "repo", "token"]
 Cut = Literal["proxy", "fixed", "shuffled"]
 PROXIES = ("entropy", "conditional", "repo")
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 VISION_SHARES = (1.0, 0.999, 0.998)
-# Weight products that are quantized, by group.
-PRODUCTS = {"vision": ("qkv", "proj", "fc1", "fc2"), "join": ("project",), "decoder": STAGES}
 
 
 class Options(NamedTuple):
@@ -227,36 +224,6 @@ def _per_token(group, weights: dict[str, QTensor], bits: int) -> dict[str, PerTo
     return {site: PerToken(jnp.full(group.n, float(bits))) for site in weights}
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("group", "grid", "max_bits"))
-def round_weights(
-    net: BlockNet, params: tuple[Params, ...], bits, *, group: int = 64, grid: str = "shares",
-    max_bits: int = 8,
-) -> tuple[dict[str, QTensor], ...]:  # fmt: skip
-    """Per group {site: QTensor (n, out, in)} of PRODUCTS, rounded to nearest; rows without whole groups have one scale."""
-
-    def one(w: jax.Array) -> QTensor:
-        size = group if w.shape[1] % group == 0 else 0
-        made = calibrate(w, bits, False, max_bits=max_bits, calibration=grid, group=size)  # type: ignore[arg-type]
-        return made.qtensor(nearest_codes(w, made), w.shape)
-
-    return tuple(
-        {s: jax.vmap(one)(p[s]["kernel"].swapaxes(1, 2)) for s in PRODUCTS.get(g.name, ())}
-        for g, p in zip(net.groups, params, strict=True)
-    )
-
-
-@jax.jit
-def with_weights(params: tuple[Params, ...], weights) -> tuple[Params, ...]:
-    """The params with every weight in its place as what its codes stand for."""
-    return tuple(
-        {
-            **p,
-            **{s: {**p[s], "kernel": jax.vmap(dequantize)(q).swapaxes(1, 2)} for s, q in w.items()},
-        }
-        for p, w in zip(params, weights, strict=True)
-    )
-
-
 def _partition(o: Options, proxy: jax.Array, key: jax.Array | None) -> Partition:
     if o.cut == "fixed":
         return fixed_partition(len(proxy), o.max_len)
@@ -364,38 +331,3 @@ def pair_gaps(
         return run(0, state, 1.0), (gap, gap / jnp.maximum(sequential, 1e-30))
 
     return jax.lax.scan(step, state, jnp.arange(num_layers(net) - 1))[1]
-
-
-def memory_report(
-    params: tuple[Params, ...], quantized: QuantizedVLM, w_bits: int
-) -> dict[str, float]:
-    """Bytes counted from arrays: packed codes, scales (f32), zero points (u8), grids of inputs, what stays float (bf16).
-
-    Returns:
-      {"bytes", "float_bytes" (all params in bf16), "memory_ratio", "stored_bits" (per quantized weight)}.
-    """
-
-    def size(tree: Any) -> int:
-        return sum(a.nbytes for a in jax.tree.leaves(tree))
-
-    def half(tree: Any) -> Any:
-        return jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
-
-    packed, rest, inputs, num = 0, 0, 0, 0
-    for p, q in zip(params, quantized.blocks, strict=True):
-        for qt in q.weights.values():
-            assert qt.zero is not None
-            record = dataclasses.replace(qt, bits=w_bits, zero=qt.zero.astype(jnp.uint8))
-            packed += size(pack_qtensor(record))
-            num += qt.codes.size
-        kept = {
-            s: {n: a for n, a in p[s].items() if n != "kernel"} if s in q.weights else p[s]
-            for s in p
-        }
-        rest += size(half(kept))
-        inputs += sum(size((r.scale, r.zero)) for r in q.acts.values() if isinstance(r, Affine))
-    whole, total = size(half(params)), packed + rest + inputs
-    return {
-        "bytes": float(total), "float_bytes": float(whole), "memory_ratio": whole / total,
-        "stored_bits": 8.0 * packed / max(num, 1),
-    }  # fmt: skip

@@ -29,15 +29,7 @@ from qlab.quantization.language_layers import (
     start_state,
 )
 from qlab.quantization.norm_links import Fit, norm_transform
-from qlab.quantization.q_vlm import (
-    PRODUCTS,
-    Options,
-    memory_report,
-    pair_gaps,
-    quantize_vlm,
-    round_weights,
-    with_weights,
-)
+from qlab.quantization.q_vlm import Options, pair_gaps, quantize_vlm
 from qlab.quantization.site_study import compare
 
 METRICS = {
@@ -133,7 +125,7 @@ def vlm_study(
         )  # fmt: skip
         found = _judged(net, q.blocks, state.params, state.x_cal, x_test, y_test)
         found |= {f"accuracy_{n}": a for n, a in zip(questions, found.pop("each"), strict=True)}
-        found |= memory_report(params, q, cell.w_bits)
+        found |= memory_report(params, q.blocks, cell.w_bits)
         found |= {
             "evaluations": q.cost.blocks, "layer_forwards": q.cost.layers,
             "num_blocks": len(q.partition), "sites_total": q.sites,

@@ -27,19 +27,16 @@ from qlab.quantization.language_layers import (
 )
 from qlab.quantization.norm_links import LinkInput, awq, norm_transform
 from qlab.quantization.q_vlm import (
-    PRODUCTS,
     SHARES,
     Options,
-    memory_report,
     pair_gaps,
     quantize_vlm,
-    round_weights,
     search_blocks,
     search_layers,
-    with_weights,
 )
 from qlab.quantization.qtensor import dequantize
 from qlab.quantization.vlm_study import spearman
+from qlab.quantization.vlm_weights import PRODUCTS, memory_report, round_weights, with_weights
 
 SIZE = VLMSize(
     vision_dim=8, vision_depth=1, vision_heads=2, vision_hidden=16, vocab=9, dim=16, depth=1,
@@ -300,7 +297,7 @@ def test_packed_execution_is_the_fake_one(net, quantized, x):
 
 @pytest.mark.slow
 def test_memory_is_counted_from_arrays(params, quantized):
-    found = memory_report(params, quantized, 4)
+    found = memory_report(params, quantized.blocks, 4)
     rows = {"vision": 24 + 8 + 16 + 8, "join": 16, "decoder": 32 + 16 + 40 + 16}
     codes = (24 + 8 + 16) * 4 + 8 * 8 + 16 * 4 + (32 + 16 + 40) * 8 + 16 * 10
     packed = codes + 5 * sum(rows.values())  # a scale of 4 bytes and a zero point a row
