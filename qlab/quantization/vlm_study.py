@@ -31,6 +31,7 @@ from qlab.quantization.language_layers import (
 from qlab.quantization.norm_links import Fit, norm_transform
 from qlab.quantization.q_vlm import Options, pair_gaps, quantize_vlm
 from qlab.quantization.site_study import compare
+from qlab.quantization.vlm_weights import PRODUCTS, memory_report, round_weights, with_weights
 
 METRICS = {
     "accuracy": Metric("%", "higher", "test answers of the quantized net that are right"),
