@@ -13,16 +13,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from qlab.data import cifar, images, molecules, puzzles, sequences, text
+from qlab.data import cifar, images, molecules, puzzles, sequences, text, vqa
 from qlab.data.files import cache_dir, find
 from qlab.data.images import Classification
 from qlab.data.molecules import Molecule
 from qlab.data.puzzles import Puzzles
 from qlab.data.registry import DATASETS, File
 from qlab.data.text import Text
+from qlab.data.vqa import VQA
 from qlab.lab.errors import UserError, nearest
 
 __all__ = [
+    "VQA",
     "Classification",
     "Molecule",
     "Puzzles",
@@ -52,6 +54,7 @@ def _entries() -> dict[str, _Entry]:
     table = {
         "digits": _Entry(images.digits),
         "digits16": _Entry(images.digits16),
+        "digits_vqa": _Entry(vqa.digits_vqa),
         "selective_copy": _Entry(sequences.selective_copy),
         "mnist": idx("mnist"),
         "fashion_mnist": idx("fashion_mnist"),
@@ -90,7 +93,7 @@ def load(name: str, /, **options) -> Any:
       name: one of `names()`.
       options: only "molecule" has any: load("molecule", name="LiH_STO3g_12qubits", encoding="bk").
     Returns:
-      Classification for images, Text, Molecule or Puzzles.
+      Classification for images, VQA, Text, Molecule or Puzzles.
     Raises:
       UserError: an unknown name or option, or a file absent, truncated or altered (one line).
     """

@@ -17,7 +17,6 @@ Letters: N = samples, T = tokens, d = width, e = inner width, S = states, r = ra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qlab.nn.draws import pooled_init
 from qlab.nn.sites import FLOAT, BlockNet, Params, Run, block_net
 
 EPS = 1e-6
@@ -132,22 +132,9 @@ def s_silu(v: jax.Array, s: jax.Array | float = 1.0) -> jax.Array:
     return v * jax.nn.sigmoid(s * v)
 
 
-def uniform_init(rngs: nnx.Rngs, num: int):
-    """A kernel initialiser, uniform within +-in^(-1/2) as in Mamba's code, and the draws it hands out.
-
-    `num` draws at once: a net's many small draws of their own would take most of its compile time.
-    """
-    pool, at = jax.random.uniform(rngs.params(), (num,), minval=-1.0), [0]
-
-    def init(key, shape, dtype=jnp.float32):
-        del key
-        size = math.prod(shape)
-        at[0] += size
-        if at[0] > num:
-            raise ValueError(f"{num} draws do not fill the kernels")
-        return (pool[at[0] - size : at[0]].reshape(shape) * shape[0] ** -0.5).astype(dtype)
-
-    return init
+def uniform_init(rngs: nnx.Rngs, num: int) -> Callable[..., jax.Array]:
+    """A kernel initialiser, uniform within +-in^(-1/2) as in Mamba's code; num draws at once."""
+    return pooled_init(jax.random.uniform(rngs.params(), (num,), minval=-1.0))
 
 
 class Depthwise(nnx.Module):

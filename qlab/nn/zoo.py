@@ -22,10 +22,12 @@ import optax
 from qlab import data
 from qlab.data.sequences import next_char
 from qlab.lab.errors import UserError, nearest
+from qlab.nn.gpt import PRESETS, GPTSize, gpt
 from qlab.nn.mamba import MambaSize, mamba
 from qlab.nn.models import cnn, mlp
 from qlab.nn.resnet import ResNetSize, resnet
 from qlab.nn.vit import ViTSize, vit
+from qlab.nn.vlm import VLMSize, vlm
 
 RECIPE_VERSION = 1  # raise it when training changes: old cache files are then no longer found
 
@@ -55,6 +57,8 @@ FAMILIES = {
     "vit": lambda sizes: vit(ViTSize(*sizes)),
     "mamba": lambda sizes: mamba(MambaSize(*sizes)),
     "resnet": lambda sizes: resnet(ResNetSize(*sizes)),
+    "gpt": lambda sizes: gpt(GPTSize(*sizes)),
+    "vlm": lambda sizes: vlm(VLMSize(*sizes)),
 }
 
 
@@ -113,6 +117,17 @@ ZOO = {
         32,
         4e-3,
     ),
+    # Vision-language: a picture of a digit and a question of five words, answered with one.
+    "digits_vlm": Recipe("vlm", tuple(VLMSize()), "digits_vqa", 1600, 16, 3e-3, 0.1),
+    "digits_vlm_small": Recipe(
+        "vlm",
+        tuple(VLMSize(vision_dim=16, vision_depth=1, vision_hidden=32, dim=32, depth=1, hidden=64)),
+        "digits_vqa",
+        200,
+        16,
+        6e-3,
+    ),
+    "text_gpt": Recipe("gpt", tuple(PRESETS["tiny"]), "tiny_shakespeare", 1500, 32, 4e-3, 0.1),
     "text_mamba_large": Recipe(
         "mamba",
         tuple(
@@ -163,12 +178,12 @@ def train(name: str, key: jax.Array, *, cache: Path | None = None):
     params = _read(path, shapes)
     if params is None:
         set_ = examples(r.dataset)
-        params = _fit(net, r, key, jnp.asarray(set_.x_train), jnp.asarray(set_.y_train))
+        params = _fit(net, r, key, *jax.tree.map(jnp.asarray, (set_.x_train, set_.y_train)))
         _write(path, params)
     return net, params
 
 
-def examples(dataset: str) -> data.Classification:
+def examples(dataset: str) -> Any:
     """Inputs and labels of a data set by its name; a text gives windows and their next characters."""
     set_ = data.load(dataset)
     return next_char(set_) if isinstance(set_, data.Text) else set_
@@ -186,8 +201,8 @@ def _digest(r: Recipe, key: jax.Array) -> str:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _fit(net: Net, r: Recipe, key: jax.Array, x: jax.Array, y: jax.Array):
-    """All steps of training in one program; x f32[N, H, W, C] or i32[N, T], y i32[N] or i32[N, T]."""
+def _fit(net: Net, r: Recipe, key: jax.Array, x: Any, y: jax.Array):
+    """All steps of training in one program; x f32[N, H, W, C], i32[N, T] or a dict of such, y i32[N] or i32[N, T]."""
     rate = optax.warmup_cosine_decay_schedule(0.0, r.learning_rate, r.num_steps // 20, r.num_steps)
     optimizer = optax.adamw(rate, weight_decay=r.weight_decay)
     k_init, k_data = jax.random.split(key)
@@ -203,10 +218,10 @@ def _fit(net: Net, r: Recipe, key: jax.Array, x: jax.Array, y: jax.Array):
     def body(carry, i):
         params, opt_state = carry
         k_batch = jax.random.fold_in(k_data, i)
-        batch = jax.random.randint(k_batch, (r.batch_size,), 0, len(x))
-        images = x[batch]
+        batch = jax.random.randint(k_batch, (r.batch_size,), 0, len(y))
+        images = jax.tree.map(lambda a: a[batch], x)
         if r.augment:
-            images = shifted(images, r.augment, jax.random.fold_in(k_batch, 1))
+            images = _moved(images, r.augment, jax.random.fold_in(k_batch, 1))
         grads, stats = jax.grad(loss_fn, has_aux=True)(params, images, y[batch])
         updates, opt_state = optimizer.update(grads, opt_state, params)
         new = optax.apply_updates(params, updates)
@@ -216,6 +231,13 @@ def _fit(net: Net, r: Recipe, key: jax.Array, x: jax.Array, y: jax.Array):
 
     (params, _), _ = jax.lax.scan(body, (params, optimizer.init(params)), jnp.arange(r.num_steps))
     return params
+
+
+def _moved(x: Any, most: int, key: jax.Array) -> Any:
+    """`shifted` images; of a dict its "image"."""
+    if isinstance(x, dict):
+        return x | {"image": shifted(x["image"], most, key)}
+    return shifted(x, most, key)
 
 
 def shifted(x: jax.Array, most: int, key: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from qlab import ops
-from qlab.nn.sites import FLOAT, Block, BlockNet, Params, Run, capture
+from qlab.nn.sites import FLOAT, Block, BlockNet, Group, Params, Run, capture, pick
 from qlab.quantization.activations import Affine, Record, fake
 from qlab.quantization.grid import Grid, calibrate, nearest_codes
 from qlab.quantization.methods import gptq_layer
@@ -120,6 +120,16 @@ def run_blocks(
             q = jax.tree.map(lambda a, i=i: a[i] if _is_traced(a) else np.asarray(a)[i], stacked)
             x = group.block(q.params, x, how(q))
     return x
+
+
+def scan_quantized(
+    group: Group, stacked: QuantizedBlock, x: Any, how: Callable[..., Run] = fake_run
+) -> Any:
+    """x through the n quantized blocks of a group, as one program: a scan where there are several."""
+    if group.n == 1:
+        q = pick(stacked, 0)
+        return group.block(q.params, x, how(q))
+    return jax.lax.scan(lambda x, q: (group.block(q.params, x, how(q)), None), x, stacked)[0]
 
 
 class Around(NamedTuple):

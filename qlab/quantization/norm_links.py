@@ -29,6 +29,8 @@ from qlab.quantization.blocks import (
     WeightMethod,
     quantize_block,
 )
+from qlab.quantization.grid import calibrate, nearest_codes
+from qlab.quantization.qtensor import dequantize
 from qlab.quantization.transforms import Transform, affine_norm, smooth_scale
 
 
@@ -58,6 +60,37 @@ def smooth(alpha: float = 0.5) -> Fit:
     def fit(i: LinkInput) -> Rewrite:
         peak = jnp.abs(i.x).max(tuple(range(i.x.ndim - 1)))
         return Rewrite(smooth_scale(peak, jnp.abs(i.w).max(0), alpha))
+
+    return fit
+
+
+def awq(w_bits, *, group: int = 0, candidates: int = 20, calibration: str = "shares") -> Fit:
+    """AWQ (Lin et al., arXiv 2306.00978): r = mean|x|^alpha, scaled to sqrt(max r min r) = 1, alpha searched.
+
+    Of alpha = 0, 1/c, ... (c candidates) the one whose rounded weights W r give (x / r) the outputs nearest to x W.
+
+    Args:
+      w_bits: width of the weights. group: inputs that share a scale, where they divide. calibration: of `grid.calibrate`.
+    """
+
+    def fit(i: LinkInput) -> Rewrite:
+        rows = i.x.reshape(-1, i.x.shape[-1])
+        size = group if group and rows.shape[1] % group == 0 else 0
+        mean = jnp.maximum(jnp.abs(rows).mean(0), 1e-5)
+        gram = rows.T @ rows / len(rows)
+
+        def scale(alpha):
+            r = mean**alpha
+            return r / jnp.sqrt(r.max() * r.min())
+
+        def error(alpha):
+            w = i.w * scale(alpha)
+            grid = calibrate(w, w_bits, False, max_bits=8, calibration=calibration, group=size)  # type: ignore[arg-type]
+            off = (dequantize(grid.qtensor(nearest_codes(w, grid), w.shape)) - w) / scale(alpha)
+            return ((off @ gram) * off).sum()
+
+        alphas = jnp.arange(candidates) / candidates
+        return Rewrite(scale(alphas[jax.lax.map(error, alphas).argmin()]))
 
     return fit
 

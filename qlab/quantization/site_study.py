@@ -27,7 +27,7 @@ import optax
 
 from qlab.lab.experiment import Experiment, Metric, Phase
 from qlab.nn.sites import BlockNet, Params, pick
-from qlab.quantization.blocks import QuantizedBlock, around_block, fake_run
+from qlab.quantization.blocks import QuantizedBlock, around_block, fake_run, scan_quantized
 from qlab.quantization.qtensor import row_bytes
 
 METRICS = {
@@ -244,7 +244,7 @@ def site_study(
         c = state.step // len(stages)
         logits = x_test
         for g, q in zip(net.groups, state.quantized, strict=True):
-            logits = _scan_quantized(g, q, logits, run)
+            logits = scan_quantized(g, q, logits, run)
         kept = {m: state.out[c, TESTED.index(m)] for m in ("error", "kl_calibration")}
         values = compare(logits, state.logits[which[c]], y_test) | kept
         values |= {"fallbacks": state.fallbacks}
@@ -300,13 +300,6 @@ def _relative(y, y_fp) -> jax.Array:
 def apply_net(net: BlockNet, params: tuple[Params, ...], x: Any) -> jax.Array:
     """The float net's outputs; equal nets share the program."""
     return net.apply(params, x)
-
-
-def _scan_quantized(group, stacked: QuantizedBlock, x, run):
-    if group.n == 1:
-        q = pick(stacked, 0)
-        return group.block(q.params, x, run(q))
-    return jax.lax.scan(lambda x, q: (group.block(q.params, x, run(q)), None), x, stacked)[0]
 
 
 def divergence(logits_p: jax.Array, logits_q: jax.Array, temperature: float = 1.0) -> jax.Array:
