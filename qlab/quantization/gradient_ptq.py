@@ -35,7 +35,16 @@ from qlab.quantization.ptq_stages import (
     suffix,
 )
 from qlab.quantization.qtensor import dequantize
-from qlab.quantization.rounding_lanes import MAX_BITS, Job, Lane, Learned, Space, Unit, learn
+from qlab.quantization.rounding_lanes import (
+    MAX_BITS,
+    Job,
+    Lane,
+    Learned,
+    Space,
+    Unit,
+    learn,
+    numbers,
+)
 from qlab.quantization.site_study import divergence
 
 METRICS = ("heldout_kl", "accuracy", "kl", "soft_accuracy")
@@ -72,6 +81,10 @@ def walk(
       plain: outputs of stages are outputs of products on whole samples, so that the loss "kl" can run the rest of the net.
       method: a closed form for every site (a house Method) instead of learning; it takes bits and calibration set.
     """
+    if method is None:
+        lane = numbers(
+            lane, space, max(s.rows * s.columns for stage in stages for s in stage.sites)
+        )
     x_cal = data.bank[lane.calib]
     num = len(x_cal)
     x = jnp.concatenate([x_cal, data.heldout, data.x_test])
@@ -175,8 +188,9 @@ def single_unit(
         weight,
         math.prod(x.shape[1:-1]),
         logits,
+        number,
     )
-    return learn(unit, lane._replace(key=jax.random.fold_in(lane.key, number)), job, space)
+    return learn(unit, lane, job, space)
 
 
 def joint_unit(
@@ -201,8 +215,9 @@ def joint_unit(
         jnp.zeros((len(x), 1)),
         1,
         logits,
+        number,
     )
-    return learn(unit, lane._replace(key=jax.random.fold_in(lane.key, number)), job, space)
+    return learn(unit, lane, job, space)
 
 
 def closed_form(method: Method, site, w, b, x, x_fp, number, args) -> Learned:
@@ -270,10 +285,11 @@ def site_importance(
         return divergence(batch[1], forward(stages, params, batch[0], stacked))
 
     size = len(x) // num
-    batches = [(x[i * size : (i + 1) * size], logits[i * size : (i + 1) * size]) for i in range(num)]
+    batches = [
+        (x[i * size : (i + 1) * size], logits[i * size : (i + 1) * size]) for i in range(num)
+    ]
     rows = ig_importance(loss, w, w_q, batches, m, per="row", signed=True)
     most = max(len(a) for a in w.values())
     rows = jnp.stack([jnp.pad(r, (0, most - len(r))) for r in rows.values()])
     error = jnp.stack([((w_q[name] - w[name]) ** 2).sum() for name in w])
     return jnp.abs(rows.sum(1)), jnp.abs(rows), error
-

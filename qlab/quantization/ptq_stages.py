@@ -259,9 +259,7 @@ def weight_saliency(
 
     def one(batch):
         size = len(jax.tree.leaves(batch)[0])
-        return jax.grad(
-            lambda w: entropy_of_answers(forward(stages, params, batch, w)) / size
-        )(w)
+        return jax.grad(lambda w: entropy_of_answers(forward(stages, params, batch, w)) / size)(w)
 
     squares = jax.lax.map(lambda b: jax.tree.map(jnp.square, one(b)), batches)
     return jax.tree.map(lambda a: a.mean(0), squares)

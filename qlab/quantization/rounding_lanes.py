@@ -70,6 +70,7 @@ class Lane(NamedTuple):
     calib: jax.Array
     count: jax.Array
     key: jax.Array
+    table: jax.Array | None = None  # uniform numbers, see `numbers`
 
 
 class Job(NamedTuple):
@@ -92,6 +93,13 @@ class Space(NamedTuple):
     num_iters: int = 500
     batch_size: int = 32
     reg_weight: float = 1.0
+    augment: bool = True  # whether any job changes features
+
+
+def numbers(lane: Lane, space: Space, most: int) -> Lane:
+    """The lane with a table of uniform numbers for all its sites: random bits are slow to compile, site by site."""
+    size = max(space.num_iters * space.batch_size, most)
+    return lane._replace(table=jax.random.uniform(lane.key, (size,)))
 
 
 class Variable(NamedTuple):
@@ -180,18 +188,18 @@ def levels(w: jax.Array, bits: jax.Array, kind: str, shares: int = 50) -> Levels
     raise ValueError(f"grid={kind!r}; use one of {', '.join(GRIDS)}")
 
 
-def selection(lane: Lane, w, fraction, saliency, key) -> jax.Array:
-    """bool[out, in]: the weights that are learned; the others stay at the nearest code."""
+def selection(lane: Lane, w, fraction, saliency, drawn) -> jax.Array:
+    """bool[out, in]: the weights that are learned; the others stay at the nearest code. drawn: uniform numbers like w."""
 
-    def top(score):
-        rank = jnp.argsort(jnp.argsort(-score.ravel())).reshape(score.shape)
-        return rank < jnp.floor(lane.share * score.size + 0.5)
-
+    scores = jnp.stack([jnp.abs(w).ravel(), saliency.ravel()])
+    num = jnp.floor(lane.share * w.size + 0.5).astype(jnp.int32)
+    least = jnp.sort(scores, 1)[:, jnp.clip(w.size - num, 0, w.size - 1)]
+    top = (scores >= jnp.where(num > 0, least, jnp.inf)[:, None]).reshape(2, *w.shape)
     choices = [
         jnp.ones(w.shape, bool),
-        jax.random.uniform(key, w.shape) < lane.share,
-        top(jnp.abs(w)),
-        top(saliency),
+        drawn < lane.share,
+        top[0],
+        top[1],
         (fraction >= 0.25) & (fraction <= 0.75),
     ]
     return jnp.select([lane.select == i for i in range(len(choices))], choices)
@@ -199,7 +207,8 @@ def selection(lane: Lane, w, fraction, saliency, key) -> jax.Array:
 
 class Unit(NamedTuple):
     """A unit to learn. forward: ({site: w}, {site: b}, x) -> y. Arrays x (behind the quantized prefix), x_fp and
-    fisher (like y) have rows first, of which lane.count * positions count. logits: y -> the net's logits, or None."""
+    fisher (like y) have rows first, of which lane.count * positions count. logits: y -> the net's logits, or None.
+    number: of its first site."""
 
     sites: tuple[SiteInfo, ...]
     forward: Callable[..., jax.Array]
@@ -212,6 +221,7 @@ class Unit(NamedTuple):
     fisher: jax.Array
     positions: int
     logits: Callable[[jax.Array], jax.Array] | None = None
+    number: Any = 0
 
 
 class Learned(NamedTuple):
@@ -231,12 +241,21 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
     """Learns a unit's rounding; see the module for what is data and what is not."""
     names = tuple(s.name for s in unit.sites)
     normed = len(names) == 1 and unit.sites[0].normed
-    k_select, k_steps, k_rtn = (jax.random.fold_in(lane.key, i) for i in range(3))
+    if lane.table is None:
+        lane = numbers(lane, space, max(unit.w[s].size for s in names))
+    assert lane.table is not None
+    # every site starts at another place of the table
+    table = jnp.roll(lane.table, 7919 * unit.number)
+    draws = table[: space.num_iters * space.batch_size].reshape(space.num_iters, -1)
+    k_features = jax.random.fold_in(lane.key, unit.number)
     variables = [variable(name) for name in space.rules]
     optimizer = choosable(space.optimizers)
     on = {
         s: _choose(
-            job.grid, [lambda w, b, k=k: levels(w, b, k) for k in space.grids], unit.w[s], unit.bits[s]
+            job.grid,
+            [lambda w, b, k=k: levels(w, b, k) for k in space.grids],
+            unit.w[s],
+            unit.bits[s],
         )
         for s in names
     }
@@ -246,8 +265,8 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
         u = on[s].t / grid.scale
         t_rtn[s] = grid.scale * (nearest_codes(on[s].t, grid) - grid.zero)
         gain = unit.saliency[s] * (on[s].values(t_rtn[s], unit.w[s]) - unit.w[s]) ** 2
-        k = jax.random.fold_in(k_select, j)
-        mask[s] = selection(lane, unit.w[s], u - jnp.floor(u), gain, k)
+        drawn = jnp.roll(table, 104729 * (j + 1))[: u.size].reshape(u.shape)
+        mask[s] = selection(lane, unit.w[s], u - jnp.floor(u), gain, drawn)
 
     x_all = jax.tree.map(lambda a, b: jnp.where(lane.fp_input, b, a), unit.x, unit.x_fp)
     num_rows = lane.count * unit.positions
@@ -256,9 +275,8 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
         std_x = {names[0]: x_all.std()}
     spread = jnp.std(x_all)
 
-    def rows_of(k, size):
-        at = jnp.floor(jax.random.uniform(k, (size,)) * num_rows).astype(jnp.int32)
-        at = jnp.minimum(at, num_rows - 1)
+    def rows_of(u):
+        at = jnp.minimum(jnp.floor(u * num_rows).astype(jnp.int32), num_rows - 1)
         x, x_fp, fisher = (a[at] for a in (x_all, unit.x_fp, unit.fisher))
         return x, x_fp, fisher
 
@@ -272,7 +290,7 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
         return losses[i](y, y_q, Aux(activation, unit.logits, fisher))
 
     # the loss of rounding to nearest, the unit of all losses but the logarithmic one
-    x, x_fp, fisher = rows_of(k_rtn, 16 * space.batch_size)
+    x, x_fp, fisher = rows_of(draws[:16].ravel())
     w_rtn = {s: on[s].values(t_rtn[s], unit.w[s]) for s in names}
     y, y_rtn = target(x, x_fp), unit.forward(w_rtn, unit.b, x)
     std_y = {s: jnp.ones(()) for s in names} if len(names) > 1 else {names[0]: y.std()}
@@ -335,20 +353,26 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
         return jax.value_and_grad(loss, (0, 1))(w_soft, p)
 
     def augmented(k, x, x_fp):
-        k_drop, k_mix, k_noise = jax.random.split(k, 3)
-        x = jnp.where(jax.random.bernoulli(k_drop, lane.drop, x.shape), x_fp, x)
-        part = jax.random.uniform(k_mix, (len(x),) + (1,) * (x.ndim - 1))
-        part = jnp.where(lane.mix > 0, part, 1.0)
+        """QDrop, mixup of neighbours in the batch, noise; one draw serves all three, of which a lane has one."""
+        u = jax.random.uniform(k, x.shape, minval=1e-7)
+        x = jnp.where(u < lane.drop, x_fp, x)
+        part = jnp.where(lane.mix > 0, u.reshape(len(x), -1)[:, 0], 1.0)
+        part = part.reshape(len(x), *[1] * (x.ndim - 1))
         x, x_fp = (part * a + (1.0 - part) * jnp.roll(a, 1, 0) for a in (x, x_fp))
-        return x + lane.noise * spread * jax.random.normal(k_noise, x.shape), x_fp
+        noise = jax.scipy.special.ndtri(u)
+        return x + lane.noise * spread * noise, x_fp
 
-    def body(carry, i):
+    def body(carry, at):
         vector, state = carry
-        k_batch, k_features = jax.random.split(jax.random.fold_in(k_steps, i))
-        x, x_fp, fisher = rows_of(k_batch, space.batch_size)
-        x, x_fp = jax.lax.cond(
-            job.augmented, augmented, lambda k, x, x_fp: (x, x_fp), k_features, x, x_fp
-        )
+        i, drawn = at
+        x, x_fp, fisher = rows_of(drawn)
+        if space.augment:
+            x, x_fp = jax.lax.cond(
+                job.augmented,
+                lambda x, x_fp: augmented(jax.random.fold_in(k_features, i), x, x_fp),
+                lambda x, x_fp: (x, x_fp),
+                x, x_fp,
+            )  # fmt: skip
         y = target(x, x_fp)
         p = unravel(vector)
         t = i / space.num_iters
@@ -369,7 +393,9 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
 
             def back(v, s, a, r, g_w):
                 """The gradient through the rule, computed again: a switch that is differentiated keeps all branches."""
-                out = jax.vjp(lambda a, r: (rounded(v, s, False, a, r), regulariser(v, s, a, r, t)), a, r)
+                out = jax.vjp(
+                    lambda a, r: (rounded(v, s, False, a, r), regulariser(v, s, a, r, t)), a, r
+                )
                 return out[1]((g_w, jnp.ones(())))
 
             g_a, g_r = _choose(
@@ -386,7 +412,7 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
         return (ravel_pytree(p)[0], state), value
 
     steps = jnp.arange(space.num_iters)
-    (vector, _), _ = jax.lax.scan(body, (vector, optimizer.init(vector)), steps)
+    (vector, _), _ = jax.lax.scan(body, (vector, optimizer.init(vector)), (steps, draws))
     p = unravel(vector)
 
     def final(hard: bool):
@@ -408,6 +434,8 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
     b_hat = {s: jnp.where(done, unit.b[s], b_hat[s]) for s in names}
     norm = None
     if normed:
-        same = jnp.stack([jnp.ones_like(p[names[0]]["norm"][0]), jnp.zeros_like(p[names[0]]["norm"][1])])
+        same = jnp.stack(
+            [jnp.ones_like(p[names[0]]["norm"][0]), jnp.zeros_like(p[names[0]]["norm"][1])]
+        )
         norm = jnp.where(done, same, norm_of(p))
     return Learned(hard, b_hat, soft, norm)
