@@ -37,8 +37,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # learning: the same number of steps for all options
     c.num_iters = 500
     c.batch_size = 32
-    c.rates = (1e-2, 3e-2, 1e-1)
-    c.reg_weight = 1.0
+    c.rates = (3e-2, 1e-1, 3e-1)
+    c.reg_weight = 10.0
     # mixed precision
     c.budgets = (2.5, 3.0)
     c.menu = (2, 3, 4, 6, 8)
@@ -53,7 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
     }  # fmt: skip
     if variant == "smoke":
         c.update(seeds=1, num_iters=200, rates=(3e-2,), bits=(2,), budgets=(), closed=("gptq",))
-        c.arms = {"mlp": {"options": ("base", "d_l1")}}
+        c.arms = {"mlp": {"net": "digits_shallow", "options": ("base", "d_l1")}}
     if variant == "full":
         c.update(seeds=10, num_iters=10_000)
     return c

@@ -108,6 +108,7 @@ def study(
     lanes = len(plan.rates) * len(widths)
     calls = _calls(plan)
     space = _space(plan)
+    sets = tuple(k for k in opt.SETS if k in {opt.settings(n)["calib"] for n in plan.options})
     most_images = max(opt.settings(n)["count"] for n in plan.options)
     if most_images + NUM_HELDOUT > len(pool[0]):
         raise UserError(
@@ -120,7 +121,7 @@ def study(
         order = np.asarray(jax.random.permutation(k_draw, len(pool[0])))
         held, drawn = order[:NUM_HELDOUT], order[NUM_HELDOUT:]
         params = net.params("layer", trained)
-        bank = _bank(layer, params, pool, drawn, most_images, k_draw)
+        bank = _bank(layer, params, pool, drawn, most_images, k_draw, sets)
         heldout, x_test = jnp.asarray(pool[0][held]), jnp.asarray(test[0])
         fp = _forward(layer, params, jnp.concatenate([heldout, x_test]))
         data = {}
@@ -139,7 +140,7 @@ def study(
         assert all(opt.shared(r.settings) == first for r in runs)
         unit = first[0]
         padded = [*runs, *[runs[-1]] * (lanes - len(runs))]
-        lane = _lanes(padded, sites, most, state.key)
+        lane = _lanes(padded, sites, most, state.key, sets)
         params = net.params(unit, state.trained)
         own = space if unit == "layer" else space._replace(
             rules=("sigmoid",), losses=("l2",), optimizers=("adam",), grids=("uniform",), batch_size=32,
@@ -225,7 +226,7 @@ def study(
     def closed_step(state: State, i: int) -> State:
         name = list(plan.closed)[i]
         base = opt.settings("base")
-        lane = _lanes([Run(name, base, w, 0.0) for w in widths], sites, most, state.key)
+        lane = _lanes([Run(name, base, w, 0.0) for w in widths], sites, most, state.key, sets)
         params = net.params("layer", state.trained)
         out = _closed(layer, plan.closed[name], params, state.data["layer"], lane)
         return put(
@@ -309,7 +310,7 @@ def _job(s: opt.Settings, space: Space) -> Job:
     return Job(*at, jnp.asarray(opt.shared(s)[-1]))
 
 
-def _lanes(runs: Sequence[Run], sites: int, most: int, key: jax.Array) -> Lane:
+def _lanes(runs: Sequence[Run], sites: int, most: int, key: jax.Array, sets: Sequence[str]) -> Lane:
     def floats(k):
         return jnp.array([r.settings[k] for r in runs], jnp.float32)
 
@@ -320,25 +321,32 @@ def _lanes(runs: Sequence[Run], sites: int, most: int, key: jax.Array) -> Lane:
         constant=jnp.array([r.settings["constant"] for r in runs]),
         bits=jnp.asarray(np.stack(bits)),
         select=jnp.array([SELECTIONS.index(r.settings["select"]) for r in runs]),
-        **{k: floats(k) for k in ("share", "bias", "scale", "norm", "drop", "mix", "noise")},
+        **{k: floats(k) for k in ("share", "reg", "bias", "scale", "norm", "drop", "mix", "noise")},
         fp_input=jnp.array([r.settings["fp_input"] for r in runs]),
         own_target=jnp.array([r.settings["own_target"] for r in runs]),
-        calib=jnp.array([opt.SETS.index(r.settings["calib"]) for r in runs]),
+        calib=jnp.array([sets.index(r.settings["calib"]) for r in runs]),
         count=jnp.array([r.settings["count"] for r in runs]),
         key=jnp.stack(keys),
     )
 
 
-def _bank(stages, params, pool, drawn, num: int, key) -> jax.Array:
-    """f32[sets, num, ...] in the order of SETS; sets of 256 images are repeated up to `num`."""
+def _bank(stages, params, pool, drawn, num: int, key, sets: Sequence[str]) -> jax.Array:
+    """f32[sets, num, ...]; sets of 256 images are repeated up to `num`."""
     images, labels = pool
-    some = drawn[labels[drawn] < (labels.max() + 1) // 2][:256]
     shape = images.shape[1:]
-    running = _remembered(stages, params, jnp.asarray(images))
-    made = synthetic(stages, params, running, key, (256, *shape))
-    photos = photo_patches(256, shape, int(jax.random.randint(key, (), 0, 2**31 - 1)))
-    sets = [images[drawn[:num]], images[some], photos, np.asarray(made)]
-    return jnp.stack([jnp.asarray(np.resize(a, (num, *shape)), jnp.float32) for a in sets])
+
+    def made(name: str):
+        if name == "train":
+            return images[drawn[:num]]
+        if name == "classes":
+            return images[drawn[labels[drawn] < (labels.max() + 1) // 2][:256]]
+        if name == "photos":
+            seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+            return photo_patches(256, shape, seed)
+        running = _remembered(stages, params, jnp.asarray(images))
+        return np.asarray(synthetic(stages, params, running, key, (256, *shape)))
+
+    return jnp.stack([jnp.asarray(np.resize(made(k), (num, *shape)), jnp.float32) for k in sets])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

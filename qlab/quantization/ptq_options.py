@@ -14,7 +14,7 @@ Settings = Mapping[str, Any]
 # AdaRound: all weights, no change of features, training images, squared error, rounding only, uniform grid, Adam.
 BASE: Settings = {
     "rule": "sigmoid", "loss": "l2", "optimizer": "adam", "grid": "uniform", "constant": False,
-    "select": "all", "share": 1.0, "bias": 0.0, "scale": 0.0, "norm": 0.0,
+    "select": "all", "share": 1.0, "reg": 1.0, "bias": 0.0, "scale": 0.0, "norm": 0.0,
     "drop": 0.0, "mix": 0.0, "noise": 0.0, "fp_input": False, "own_target": False,
     "calib": "train", "count": 256, "repeat": 0, "unit": "layer",
 }  # fmt: skip
@@ -22,8 +22,10 @@ SETS = ("train", "classes", "photos", "synthetic")
 # Of the job: what a program branches on. They change the scale of the best learning rate, so each is tuned.
 BRANCHES = ("rule", "loss", "optimizer", "grid")
 TUNED = (*BRANCHES, "constant", "unit")
-# What a rate is multiplied with before it is tuned: plain gradients are small, signs are of size one.
+# What the rates are multiplied with: plain gradients are small, signs are of size one; the straight-through variables
+# are counted in grid steps (or in logarithms), of which V takes several to decide.
 RATE = {"sgd": 1000.0, "momentum": 100.0, "lion": 0.3, "sign_sgd": 0.3}
+RATE |= dict.fromkeys(("ste", "ste_free", "adaquant", "flexround"), 1 / 3)
 
 OPTIONS: dict[str, Settings] = {
     "base": {},
@@ -96,7 +98,8 @@ def is_tuned(name: str) -> bool:
 
 
 def rates(option: Settings, grid: Sequence[float]) -> list[float]:
-    return [lr * RATE.get(option["optimizer"], 1.0) for lr in grid]
+    factor = RATE.get(option["optimizer"], 1.0) * RATE.get(option["rule"], 1.0)
+    return [lr * factor for lr in grid]
 
 
 def shared(option: Settings) -> tuple[Any, ...]:

@@ -129,7 +129,7 @@ def block_stages(
             return {s.name: (p[s.name]["kernel"].T, p[s.name]["bias"]) for s in infos}
 
         stages.append(Stage(group.n, apply, weights, infos))
-        x = jax.eval_shape(group.block, one, x)
+        x = jax.eval_shape(lambda p, x, block=group.block: block(p, x), one, x)
     return tuple(stages)
 
 

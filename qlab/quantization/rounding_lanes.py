@@ -48,7 +48,7 @@ RULES = ("sigmoid", "tanh", "ste", "ste_free", "adaquant", "flexround")
 class Lane(NamedTuple):
     """One run. bits: f32[S, R], of each row of each site. select: of SELECTIONS; share: of the weights it takes.
 
-    bias, scale, norm: 1 where biases, a factor per row, the affine map of the norm before the site are trained.
+    reg: the regulariser's weight, relative to that of Space. bias, scale, norm: 1 where biases, a factor per row, the affine map of the norm before the site are trained.
     drop: probability of a float input element (QDrop). mix: 1 for mixup of features. noise: of the inputs' std.
     fp_input, own_target (bool): learn on float inputs; the float unit on the quantized prefix's inputs as target.
     calib: number of the calibration set; count: its samples.
@@ -59,6 +59,7 @@ class Lane(NamedTuple):
     bits: jax.Array
     select: jax.Array
     share: jax.Array
+    reg: jax.Array
     bias: jax.Array
     scale: jax.Array
     norm: jax.Array
@@ -330,7 +331,7 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
         return on[s].values(jnp.where(mask[s], t_hat, rest), unit.w[s])
 
     def regulariser(v: Variable, s: str, a, r, t):
-        return space.reg_weight * v.rule.reg(v.unpack(a, r), t) / unit.w[s].size
+        return space.reg_weight * lane.reg * v.rule.reg(v.unpack(a, r), t) / unit.w[s].size
 
     def deployed(w, p):
         """({site: w}, {site: b}) with the trained floats."""
