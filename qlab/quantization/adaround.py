@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -16,19 +19,54 @@ def rectified_sigmoid(v: jax.Array) -> jax.Array:
     return jnp.clip(jax.nn.sigmoid(v) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
 
 
-def adaround(
+def relaxed(
+    h: Callable[[jax.Array], jax.Array],
+    start: Callable[[jax.Array], jax.Array],
+    goes_up: Callable[[jax.Array], jax.Array],
     *,
     reg_weight: float = 0.01,
     beta_start: float = 20.0,
     beta_end: float = 2.0,
     warmup: float = 0.2,
 ) -> RoundingRule:
-    """w_hat = s (clip(floor(w / s) + h(V) + z) - z), with V such that h(V) is the fraction at first.
+    """w_hat = s (clip(floor(w / s) + h(V) + z) - z): rounding up or down, relaxed to a share h in [0, 1].
 
     Args:
+      h: V -> share f32[out, in]. start: fraction of w / s -> V with h(V) = fraction. goes_up: V -> bool, h >= 1/2.
       reg_weight: lambda of the regulariser lambda * sum(1 - |2 h - 1|^beta), which pushes h to 0 or 1.
       beta_start, beta_end: beta falls linearly between them after the warm-up.
       warmup: share of the iterations without regulariser.
+    """
+
+    def init(w, grid, key=None):
+        del key
+        u = w / expand(grid.scale, w.shape)
+        return start(u - jnp.floor(u))
+
+    def codes(up, w, grid):
+        scale = expand(grid.scale, w.shape)
+        zero = 0.0 if grid.zero is None else expand(grid.zero, w.shape)
+        return clip_ste(jnp.floor(w / scale) + up + zero, grid.q_min, grid.q_max), zero, scale
+
+    def soft(v, w, grid):
+        q, zero, scale = codes(h(v), w, grid)
+        return scale * (q - zero)
+
+    def hard(v, w, grid):
+        q, _, _ = codes(goes_up(v).astype(jnp.float32), w, grid)
+        return grid.qtensor(q, w.shape)
+
+    def reg(v, t):
+        left = jnp.clip(1.0 - (t - warmup) / (1.0 - warmup), 0.0, 1.0)
+        beta = beta_end + (beta_start - beta_end) * left
+        undecided = (1.0 - jnp.abs(2.0 * h(v) - 1.0) ** beta).sum()
+        return jnp.where(t < warmup, 0.0, reg_weight) * undecided
+
+    return RoundingRule(init, soft, hard, reg)
+
+
+def adaround(**options: Any) -> RoundingRule:
+    """AdaRound: h(V) is the rectified sigmoid. Options: of `relaxed`.
 
     >>> from qlab.quantization.grid import make_grid
     >>> w = jnp.array([[0.0, 1.2, 3.0]])
@@ -37,29 +75,7 @@ def adaround(
     [[0, 1, 3]]
     """
 
-    def init(w, grid, key=None):
-        del key
-        u = w / expand(grid.scale, w.shape)
-        fraction = u - jnp.floor(u)
+    def start(fraction):
         return -jnp.log((ZETA - GAMMA) / (fraction - GAMMA) - 1.0)
 
-    def codes(up, w, grid):
-        scale = expand(grid.scale, w.shape)
-        zero = 0.0 if grid.zero is None else expand(grid.zero, w.shape)
-        return clip_ste(jnp.floor(w / scale) + up + zero, grid.q_min, grid.q_max), zero, scale
-
-    def soft(v, w, grid):
-        q, zero, scale = codes(rectified_sigmoid(v), w, grid)
-        return scale * (q - zero)
-
-    def hard(v, w, grid):
-        q, _, _ = codes((v >= 0).astype(jnp.float32), w, grid)
-        return grid.qtensor(q, w.shape)
-
-    def reg(v, t):
-        left = jnp.clip(1.0 - (t - warmup) / (1.0 - warmup), 0.0, 1.0)
-        beta = beta_end + (beta_start - beta_end) * left
-        undecided = (1.0 - jnp.abs(2.0 * rectified_sigmoid(v) - 1.0) ** beta).sum()
-        return jnp.where(t < warmup, 0.0, reg_weight) * undecided
-
-    return RoundingRule(init, soft, hard, reg)
+    return relaxed(rectified_sigmoid, start, lambda v: v >= 0, **options)

@@ -22,6 +22,7 @@ from qlab.quantization.adaround import rectified_sigmoid
 from qlab.quantization.grid import calibrate
 
 RULES = sorted(ROUNDING_RULES)
+RELAXED = ("adaround", "softmax", "tanh")  # soft lies between two codes
 
 
 def draw(shape, seed=0):
@@ -48,15 +49,15 @@ def test_every_rule_starts_at_rounding_to_nearest(name, granularity, symmetric):
     got = rule.hard(v, w, grid)
     np.testing.assert_array_equal(got.codes, near.codes)  # exp(log s) may be an ulp off s
     np.testing.assert_allclose(dequantize(got), dequantize(near), atol=1e-6, rtol=1e-6)
-    if name == "adaround":  # soft is w itself inside the range, h(V) being the fraction
+    if name in RELAXED:  # soft is w itself inside the range, h(V) being the fraction
         inside = (near.codes > grid.q_min) & (near.codes < grid.q_max)
-        np.testing.assert_allclose(rule.soft(v, w, grid)[inside], w[inside], atol=1e-5)
+        np.testing.assert_allclose(rule.soft(v, w, grid)[inside], w[inside], atol=1e-4)
     else:
         np.testing.assert_allclose(rule.soft(v, w, grid), dequantize(near), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("name", [r for r in RULES if r != "adaround"])
+@pytest.mark.parametrize("name", [r for r in RULES if r not in RELAXED])
 def test_soft_equals_hard_and_lies_on_the_grid(name, granularity):
     """w_hat / s1 is an integer: the divisors S2, s3 do not come back in the dequantisation."""
     w = draw((6, 12), 2)
@@ -71,7 +72,7 @@ def test_soft_equals_hard_and_lies_on_the_grid(name, granularity):
     assert qt.codes.max() <= 7
     if granularity == "tensor":
         assert np.unique(qt.scale).size == 1
-    if v:
+    if jax.tree.leaves(v):
         assert not np.array_equal(qt.codes, rtn().hard((), w, grid).codes)
 
 

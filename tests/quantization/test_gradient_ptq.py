@@ -1,0 +1,255 @@
+"""The walk with choices as data: exact cases, and each part against an oracle."""
+
+import itertools
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlab.nn.chain import Layer, affine
+from qlab.nn.chain import forward as chain_forward
+from qlab.nn.models import cnn, mlp
+from qlab.nn.vit import ViTSize, vit
+from qlab.quantization import methods
+from qlab.quantization.gradient_ptq import Data, nearest_weights, site_importance, walk
+from qlab.quantization.gradient_ptq_study import _job, _lanes
+from qlab.quantization.grid import make_grid, nearest_codes
+from qlab.quantization.ptq_options import Run, settings
+from qlab.quantization.ptq_stages import (
+    block_stages,
+    chain_stages,
+    entropy_of_answers,
+    fisher_diagonal,
+    forward,
+    num_sites,
+    site_inputs,
+    stacked_weights,
+    suffix,
+    weight_saliency,
+)
+from qlab.quantization.rounding_lanes import Space, levels
+from qlab.quantization.site_study import divergence
+
+SIZES = (12, 8, 8, 8, 4)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """An MLP of four layers, two of which make a stage; its data."""
+    model = mlp(SIZES)
+    rng = np.random.default_rng(0)
+    layers = tuple(
+        Layer(
+            jnp.asarray(rng.standard_normal((b, a)) / np.sqrt(a / 2), jnp.float32),
+            jnp.asarray(0.1 * rng.standard_normal(b), jnp.float32),
+        )
+        for a, b in itertools.pairwise(SIZES)
+    )
+    stages, stack = chain_stages(model.chain, model.shapes)
+    params = stack(layers)
+    x = jnp.asarray(rng.random((96, 2, 2, 3)), jnp.float32)
+    bank, held, test = x[None, :48], x[48:72], x[72:]
+    fp = forward(stages, params, x[48:])
+    labels = fp[24:].argmax(-1)
+    saliency = weight_saliency(stages, params, bank[0])
+    data = Data(bank, held, test, labels, fp, saliency)
+    return SimpleNamespace(model=model, layers=layers, stages=stages, params=params, data=data, x=x)
+
+
+def run(net, space, *changes, width=2, **options):
+    """METRICS of lanes of one job: {metric: [lane]}."""
+    base = settings("base") | {"count": 48}
+    runs = [Run("x", base | c, c.get("width", width), c.get("lr", 3e-2)) for c in changes]
+    lane = _lanes(runs, num_sites(net.stages), max(SIZES), jax.random.key(0), ("train",))
+    job = _job(runs[0].settings, space)
+    one = lambda ln: walk(net.stages, net.params, net.data, ln, job, space, **options)  # noqa: E731
+    return {k: np.asarray(v) for k, v in jax.jit(jax.vmap(one))(lane).items()}
+
+
+def test_stages_of_a_chain_and_of_blocks_are_the_nets(net):
+    assert [s.n for s in net.stages] == [1, 2, 1]
+    want = chain_forward(net.model.chain, net.layers, net.x)
+    np.testing.assert_allclose(forward(net.stages, net.params, net.x), want, atol=1e-5)
+    for unit, sizes in (("block", [1, 1]), ("net", [1])):
+        stages, stack = chain_stages(net.model.chain, net.model.shapes, unit)
+        assert [s.n for s in stages] == sizes
+        np.testing.assert_allclose(forward(stages, stack(net.layers), net.x), want, atol=1e-5)
+    small = vit(ViTSize(dim=8, depth=2, heads=2, hidden=16))
+    shapes = jax.eval_shape(small.init, jax.random.key(0))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda a: jnp.asarray(0.3 * rng.standard_normal(a.shape), a.dtype), shapes
+    )
+    x = jnp.asarray(rng.random((3, 8, 8, 1)), jnp.float32)
+    stages = block_stages(small, params, x, normed=("qkv", "fc1", "head"))
+    assert num_sites(stages) == 2 * 4 + 2
+    assert [s.name for s in stages[1].sites if s.normed] == ["qkv", "fc1"]
+    np.testing.assert_allclose(
+        forward(stages, params, x), small.apply(params, x), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_rest_of_the_net_from_any_layer(net):
+    want = forward(net.stages, net.params, net.x)
+    y = net.x
+    for i, layer in enumerate(net.layers):
+        y = affine(layer, net.model.chain.pre[i](y))
+        g, block = ((0, 0), (1, 0), (1, 1), (2, 0))[i]
+        got = suffix(net.stages, net.params, g, block, y)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_fisher_weights_are_squared_gradients_of_each_sample(net):
+    got = fisher_diagonal(net.stages, net.params, net.x[:5])
+    hidden = affine(net.layers[0], net.model.chain.pre[0](net.x))
+
+    def loss(y, n):
+        rest = [Layer(*a) for a in net.layers[1:]]
+        for pre, layer in zip(net.model.chain.pre[1:], rest, strict=True):
+            y = affine(layer, pre(y))
+        return entropy_of_answers(y[None])
+
+    for n in range(5):
+        want = jax.grad(loss)(hidden[n], n) ** 2
+        np.testing.assert_allclose(got[0]["layer0"][0, n], want, rtol=1e-4, atol=1e-9)
+
+
+LEAN = Space(("sigmoid",), ("l2",), ("adam",), ("uniform",), 60, 16, 1.0, False)
+
+
+@pytest.fixture(scope="module")
+def selections(net):
+    base = {"lr": 3e-2}
+    return run(
+        net, LEAN, base,
+        *(base | {"select": s, "share": rho} for rho in (0.0, 1.0) for s in ("random", "magnitude", "importance")),
+        base | {"select": "random", "share": 0.5}, base | {"select": "middle"}, base | {"width": 8},
+    )  # fmt: skip
+
+
+def nearest_net(net, width):
+    w = nearest_weights(net.stages, net.params, jnp.float32(width))
+    return forward(net.stages, net.params, jnp.concatenate([net.data.heldout, net.data.x_test]), w)
+
+
+def test_no_share_is_nearest_and_the_whole_share_is_the_base(net, selections):
+    logits = nearest_net(net, 2)
+    rtn = float(divergence(net.data.fp[:24], logits[:24]))
+    for metric in ("heldout_kl", "kl", "accuracy"):
+        got = selections[metric]
+        np.testing.assert_allclose(got[4:7], got[0], rtol=1e-6, err_msg=metric)
+        np.testing.assert_allclose(got[1:4], got[1], rtol=1e-6, err_msg=metric)
+    np.testing.assert_allclose(selections["heldout_kl"][1:4], rtn, rtol=1e-4)
+    assert abs(selections["heldout_kl"][0] - rtn) > 1e-3  # learning does something
+    assert len(set(selections["heldout_kl"][[0, 1, 7, 8]].tolist())) == 4
+    # eight bits leave the net as it is
+    assert selections["heldout_kl"][9] < 1e-4
+    np.testing.assert_allclose(selections["accuracy"][9], 100.0, rtol=1e-6)
+
+
+def test_nearest_weights_are_those_of_the_grid(net):
+    got = nearest_weights(net.stages, net.params, jnp.float32(3.0))
+    w = net.layers[2].w
+    grid = make_grid(w, 3, calibration="shares")
+    want = grid.scale * (nearest_codes(w, grid) - grid.zero)
+    np.testing.assert_allclose(got[1]["layer0"][1], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "power", "log2"])
+def test_levels_hold_what_nearest_gives(kind):
+    w = jnp.asarray(np.random.default_rng(2).standard_normal((3, 20)), jnp.float32)
+    bits = jnp.array([[2.0], [3.0], [4.0]])
+    on = levels(w, bits, kind)
+    q = nearest_codes(on.t, on.grid)
+    values = np.asarray(on.values(on.grid.scale * (q - on.grid.zero), w))
+    for row, b in enumerate((2, 3, 4)):
+        levels_of_row = np.unique(np.abs(values[row]).round(5))
+        assert len(levels_of_row) <= 2 ** (b - 1)
+    # every value is the nearest of a row's levels in the rounded coordinate
+    assert np.abs(values - np.asarray(w))[2].mean() < np.abs(values - np.asarray(w))[0].mean()
+
+
+def test_a_closed_form_of_the_house_runs_in_the_walk(net):
+    method = methods.nearest()
+    out = run(net, LEAN, {}, method=method)
+    logits = nearest_net(net, 2)
+    np.testing.assert_allclose(out["heldout_kl"][0], divergence(net.data.fp[:24], logits[:24]), rtol=1e-4)  # fmt: skip
+
+
+def test_importance_is_the_loss_change_of_one_site(net):
+    x = net.data.bank[0]
+    logits = forward(net.stages, net.params, x)
+    values, rows, error = site_importance(net.stages, net.params, x, logits, 3.0, 64, 2)
+    w = stacked_weights(net.stages, net.params)
+    w_q = nearest_weights(net.stages, net.params, 3.0)
+    for number, (g, i) in enumerate(((0, 0), (1, 0), (1, 1), (2, 0))):
+        one = list(w)
+        one[g] = {"layer0": w[g]["layer0"].at[i].set(w_q[g]["layer0"][i])}
+        change = divergence(logits, forward(net.stages, net.params, x, tuple(one)))
+        np.testing.assert_allclose(values[number], change, rtol=2e-2)
+        gap = ((w_q[g]["layer0"][i] - w[g]["layer0"][i]) ** 2).sum()
+        np.testing.assert_allclose(error[number], gap, rtol=1e-5)
+    assert rows.shape == (4, 8)
+    assert (rows.sum(1) >= values - 1e-6).all()
+
+
+def test_site_inputs_are_what_layers_read(net):
+    seen = site_inputs(net.stages, net.params, net.x)
+    assert list(seen) == ["0.0.layer0", "1.0.layer0", "1.1.layer0", "2.0.layer0"]
+    hidden = jax.nn.relu(affine(net.layers[0], net.model.chain.pre[0](net.x)))
+    np.testing.assert_allclose(seen["1.0.layer0"][:, 0], hidden, atol=1e-5)
+
+
+WHOLE = Space(
+    ("sigmoid", "tanh", "ste", "ste_free", "adaquant", "flexround"),
+    ("l2", "l1", "log_l2", "cosine", "activation", "fisher", "kl"),
+    ("adam", "lion"),
+    ("uniform", "symmetric", "power", "log2"),
+    60,
+    16,
+)
+
+
+@pytest.mark.slow
+def test_every_choice_learns_more_than_nearest_and_branches_are_independent(net):
+    """One program with all branches gives what a program with only the one gives."""
+    rtn = run(net, LEAN, {"select": "random", "share": 0.0})["heldout_kl"][0]
+    both = {"plain": True}
+    seen = {}
+    for key, names in (("rule", WHOLE.rules), ("loss", WHOLE.losses)):
+        for name in names:
+            seen[name] = run(net, WHOLE, {key: name}, **both)["heldout_kl"][0]
+            lean = LEAN._replace(**{{"rule": "rules", "loss": "losses"}[key]: (name,)})
+            alone = run(net, lean, {key: name}, **both)["heldout_kl"][0]
+            np.testing.assert_allclose(seen[name], alone, rtol=0.05, err_msg=name)
+            assert np.isfinite(seen[name])
+    assert np.mean([v < rtn for v in seen.values()]) > 0.7, seen
+    assert len({round(float(v), 5) for v in seen.values()}) == len(seen) - 1  # "l2" is "sigmoid"
+
+
+@pytest.mark.slow
+def test_a_whole_block_and_a_convolutional_net_are_walked(net):
+    stages, stack = chain_stages(net.model.chain, net.model.shapes, "net")
+    params = stack(net.layers)
+    saliency = weight_saliency(stages, params, net.data.bank[0])
+    whole = SimpleNamespace(stages=stages, params=params, data=net.data._replace(saliency=saliency))
+    out = run(whole, LEAN._replace(num_iters=300), {}, joint=True)
+    rtn = run(net, LEAN, {"select": "random", "share": 0.0})
+    assert out["heldout_kl"][0] < rtn["heldout_kl"][0]
+    model = cnn((4, 4, 4))
+    stages, stack = chain_stages(model.chain, model.shapes)
+    params = stack(model.layers(model.init(jax.random.key(1))))
+    x = jax.random.uniform(jax.random.key(2), (96, 8, 8, 1))
+    fp = forward(stages, params, x[48:])
+    data = Data(x[None, :48], x[48:72], x[72:], fp[24:].argmax(-1), fp,
+                weight_saliency(stages, params, x[:48]))  # fmt: skip
+    conv = SimpleNamespace(stages=stages, params=params, data=data)
+    base = settings("base") | {"count": 48}
+    lane = _lanes([Run("x", base, 8, 3e-2)], 4, 10, jax.random.key(0), ("train",))
+    one = partial(walk, stages, params, data, job=_job(base, LEAN), space=LEAN)
+    out = jax.jit(jax.vmap(lambda ln: one(lane=ln)))(lane)
+    assert out["heldout_kl"][0] < 1e-3
+    assert conv.data is data
