@@ -18,7 +18,23 @@ per-dimension targets) and independent_scalar (the same without C51); flat (soft
 joint actions, the strong baseline wherever they can be listed); bc (auto-regressive behaviour cloning
 of the best bc_filter share of the log). All have the same widths, batches, updates and log.
 
-Tuning, on other seeds (root key 1000, 3 seeds, 1000 updates; mean of final score and mean score over
+:control (also in its own run): control with demonstrations of mixed quality and own experience.
+  gates         a point in a fence with two good gates and a side door, 2 dimensions (coupled); demonstrations
+                20 % expert, 40 % medium (side door), 40 % bad (against the fence)
+  gates_expert  the same with 80 / 10 / 10 %
+  thrusters     a craft flies to a goal, each axis driven by the product of two thrusters, 4 dimensions (coupled)
+  thrusters_separable  the same with their mean; pendulum: swing-up, 1 dimension (both controls without coupling)
+20,000 demonstrated steps loaded first, then 20,000 own steps by 16 environments, 3 updates after each of their 1250 steps
+on minibatches of 64, half of them demonstrations. Score: undiscounted return of the greedy policy, 0 = uniform, 100 =
+expert, mean of the last four of 20 evaluations over 16 episodes; gamma 0.97.
+Arms: arsq, no_ar, independent (as above, L = 2, B = 5), flat_bins (the same with L = 1 and B = 25, as fine), sac (half of
+each minibatch demonstrations, normalised critics, as RLPD without its ensembles and many updates), bc
+(auto-regressive cloning of the best bc_filter share of the demonstrations).
+Tuning of :control on root key 1000, 2 seeds, whole length, mean of final score and mean score over gates and
+thrusters: six points for each arm, lr in {3e-4, 1e-3} times alpha in {1e-4, 3e-4, 1e-3} (arsq, no_ar), tau in
+{0.005, 0.02, 0.05} (independent, flat_bins), first temperature in {1e-3, 1e-2, 1e-1} (sac), bc_filter in {0.1, 0.2, 1} (bc).
+
+Tuning of the rest, on other seeds (root key 1000, 3 seeds, 1000 updates; mean of final score and mean score over
 bandit, chain, chain_expert): nine points for each arm, lr in {3e-4, 1e-3, 3e-3} times alpha in {0.001, 0.01,
 0.1} (arsq, no_ar, flat), tau in {0.005, 0.02, 0.1} (independent) or bc_filter in {1, 0.3, 0.1} (bc); the default
 was kept where it came within 0.1 points of the best. With alpha = 0.1 the soft optimum of the chain itself
@@ -31,6 +47,8 @@ far below the uniform policy; cloning the best tenth of a noise-free log is a st
 from ml_collections import ConfigDict
 
 from qlab.lab.config import base, grid
+
+VARIANTS = ("", "smoke", "control", "full")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -69,6 +87,20 @@ def get_config(variant: str = "") -> ConfigDict:
         batch=128,
         updates=2000,
         updates_per_step=20,
+        # Control only.
+        demos="",  # "" = scripted controllers; or a file.npz, or minari:<id> (qlab.rl.demos)
+        demo_reward_scale=1.0,  # multiplies the rewards of a file or set
+        num_demos=20_000,
+        action_noise=0.2,  # standard deviation added to every scripted action
+        demo_fraction=0.5,  # of a minibatch; 1 learns from demonstrations alone
+        env_steps=20_000,
+        num_envs=16,
+        utd=3,  # updates after each step of all environments
+        learning_starts=500,
+        replay_size=20_000,
+        control_discount=0.97,
+        eval_points=20,
+        eval_episodes=16,
     )
     c.arms = {
         "arsq": {},
@@ -82,11 +114,26 @@ def get_config(variant: str = "") -> ConfigDict:
         # One shape for all tasks and fewer arms: compilation is nearly all of the time.
         c.update(seeds=2, tasks=("bandit", "chain", "separable"), bandit_bins=3, bandit_contexts=5)
         c.update(updates=400, num_logged=500, hidden=(32,), log_points=20)
+        c.update(env_steps=640, num_demos=1600, replay_size=1600, learning_starts=32, eval_points=5)
+        c.arms["arsq"] = {"tasks": ("bandit", "chain", "separable", "gates")}
+        c.arms["sac"] = {"agent": "sac", "tasks": ("gates",)}
         for arm in ("no_ar", "independent_scalar", "bc"):
             del c.arms[arm]
+    if variant == "control":
+        c.update(tasks=("gates", "gates_expert", "thrusters", "thrusters_separable", "pendulum"))
+        c.update(L=2, B=5, batch=64, alpha=3e-4, log_points=20)
+        c.arms = {
+            "arsq": {},
+            "no_ar": {"conditioning": "level"},
+            "independent": {"agent": "cqn"},
+            "flat_bins": {"agent": "cqn", "L": 1, "B": 25},
+            "sac": {"agent": "sac", "alpha": 0.01, "tau": 0.005},
+            "bc": {"lambda_td": 0.0, "lambda_bc": 1.0, "bc_filter": 0.2, "demo_fraction": 1.0},
+        }
     if variant == "full":
         # The parent's network and more of everything; D4RL and RLBench themselves are not in this lab.
         c.update(seeds=20, hidden=(512, 512), batch=256, updates=20_000, num_logged=20_000)
+        # control is a variant of its own: --config configs/arsq.py:control --config.env_steps=1000000 ...
     return c
 
 

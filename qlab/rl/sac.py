@@ -9,7 +9,9 @@ was drawn in, and its next state uses the same one (the adaptive temperature of 
 arXiv 2311.01642). A negative entry asks for the learned temperature instead, so that one compiled program
 serves both kinds. The observation may carry the temperature too; that is the caller's choice.
 
-Mean and log standard deviation are separate networks of one shape, as are the two critics.
+Mean and log standard deviation are separate networks of one shape, as are the two critics. With `layer_norm` the
+critics are normalised after every hidden layer, which RLPD (Ball et al. 2023, arXiv 2302.02948) finds necessary
+where half of a minibatch are demonstrations.
 Letters: N = batch, S = observation, D = action dimensions.
 """
 
@@ -24,7 +26,7 @@ import optax
 
 from qlab.lab.errors import UserError
 from qlab.rl.agent import Agent, Transition, ema, td_target
-from qlab.rl.networks import dense_apply, dense_init
+from qlab.rl.networks import dense_apply, dense_init, mlp_apply, mlp_init
 
 LOG_STD = (-20.0, 2.0)
 TEMPERATURE_FLOOR = 1e-6
@@ -42,9 +44,9 @@ class SACState(NamedTuple):
     updates: jax.Array
 
 
-def _pair(key: jax.Array, num_in: int, hidden: Sequence[int], num_out: int) -> Any:
+def _pair(key: jax.Array, num_in: int, hidden: Sequence[int], num_out: int, make=dense_init) -> Any:
     """Two networks of one shape, leading axis 2."""
-    return jax.vmap(lambda k: dense_init(k, num_in, hidden, num_out))(jax.random.split(key))
+    return jax.vmap(lambda k: make(k, num_in, hidden, num_out))(jax.random.split(key))
 
 
 def gaussian(actor: Any, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -66,8 +68,9 @@ def squash(mean: jax.Array, log_std: jax.Array, noise: jax.Array) -> tuple[jax.A
 
 
 def q_values(critic: Any, obs: jax.Array, action: jax.Array) -> jax.Array:
-    """Both critics, f32[2, N]."""
-    return jax.vmap(dense_apply, (0, None))(critic, jnp.concatenate([obs, action], -1))[..., 0]
+    """Both critics, f32[2, N]; normalised ones are dicts."""
+    apply = mlp_apply if isinstance(critic, dict) else dense_apply
+    return jax.vmap(apply, (0, None))(critic, jnp.concatenate([obs, action], -1))[..., 0]
 
 
 def sac(
@@ -83,6 +86,7 @@ def sac(
     init_temperature: float = 1.0,
     target_entropy: float | None = None,
     actor_warmup: int = 0,
+    layer_norm: bool = False,
 ) -> Agent:
     """The learner; defaults are those of QARL's repository.
 
@@ -92,6 +96,7 @@ def sac(
       init_temperature: start of a learned temperature.
       target_entropy: of a learned temperature, in nats; None is -action_dim.
       actor_warmup: updates in which only the critics learn.
+      layer_norm: critics as in `networks.mlp_init` (LayerNorm, SiLU, zero head).
     Returns:
       An Agent; "update" reports loss (critic + actor), critic_loss, actor_loss, entropy, alpha, q.
     Raises:
@@ -120,7 +125,8 @@ def sac(
 
     def init(key: jax.Array) -> SACState:
         k_actor, k_critic = jax.random.split(key)
-        critic = _pair(k_critic, obs_dim + action_dim, hidden, 1)
+        make = mlp_init if layer_norm else dense_init
+        critic = _pair(k_critic, obs_dim + action_dim, hidden, 1, make)
         params = {
             "actor": _pair(k_actor, obs_dim, hidden, action_dim),
             "critic": critic,
