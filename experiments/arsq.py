@@ -28,8 +28,9 @@ def build(config: Any) -> Experiment:
         out = dict(experiment.evaluate(state))
         for name in ("score", "auc_score"):
             for mean, tasks in MEANS.items():
-                if all(t in c.tasks for t in tasks):
-                    out[f"{mean}/{name}"] = jnp.stack([out[f"{t}/{name}"] for t in tasks]).mean()
+                values = [out[f"{t}/{name}"] for t in tasks if t in c.tasks]
+                if values:
+                    out[f"{mean}/{name}"] = jnp.stack(values).mean()
         return out
 
     return experiment._replace(evaluate=evaluate)

@@ -45,7 +45,7 @@ def _read_npz(source: str) -> Arrays:
                     f"demos={source}: no array {missing[0]!r}; a file of demonstrations holds {', '.join(FIELDS)}"
                 )
             return {f: z[f] for f in FIELDS}
-    except (ValueError, EOFError, OSError, AttributeError, zipfile.BadZipFile) as e:
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as e:
         raise UserError(f"demos={source}: not an .npz file of arrays ({type(e).__name__})") from e
 
 
@@ -56,6 +56,9 @@ def _read_minari(name: str) -> Arrays:
         raise UserError(f"demos=minari:{name} needs minari: pip install 'qlab[minari]'") from e
     try:
         dataset = minari.load_dataset(name)
+    except ImportError as e:  # what reads its files is an extra of Minari's own
+        why = str(e).splitlines()[0]
+        raise UserError(f"demos=minari:{name}: {why}; pip install 'qlab[minari]'") from e
     except Exception as e:  # its own errors differ between versions
         raise UserError(
             f"demos=minari:{name}: not on this machine ({type(e).__name__}); get it with: minari download {name}"
