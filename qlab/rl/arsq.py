@@ -262,7 +262,7 @@ def arsq(
     *,
     num_levels: int = 3,
     num_bins: int = 5,
-    alpha: float = 0.01,
+    alpha: float | jax.Array = 0.01,
     dim_order: Literal["identity", "reverse", "random"] | Sequence[int] = "identity",
     conditioning: str = "ar",
     action_mode: str = "sample",
@@ -288,7 +288,7 @@ def arsq(
     >>> agent.act(state, jax.random.key(1), jnp.ones((4, 3))).shape
     (4, 2)
     """
-    if not alpha > 0:
+    if isinstance(alpha, (int, float)) and not alpha > 0:  # a traced one cannot be asked
         raise ValueError(f"alpha={alpha}: the temperature must be positive (it may be small)")
     if action_mode not in MODES:
         raise ValueError(f"action_mode={action_mode!r}: expected one of {', '.join(MODES)}")

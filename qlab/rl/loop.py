@@ -43,6 +43,12 @@ class GroupState(NamedTuple):
     score_sums: dict[str, Any]
 
 
+def task_keys(key: jax.Array, names: Sequence[str]) -> jax.Array:
+    """key[G]: a task's key hangs on its name only, so that arms and subsets of the tasks share it."""
+    ids = jnp.asarray([zlib.crc32(n.encode()) & 0x7FFFFFFF for n in names], jnp.int32)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+
+
 class OfflineState(NamedTuple):
     """key: of the seed. step: i32[]. groups: one GroupState each."""
 
@@ -72,17 +78,15 @@ def offline_rl(
             f"num_updates={num_updates} is not a multiple of updates_per_step={updates_per_step}"
         )
 
-    def task_keys(key: jax.Array, group: OfflineGroup) -> jax.Array:  # key[G]
-        ids = jnp.asarray([zlib.crc32(n.encode()) & 0x7FFFFFFF for n in group.names], jnp.int32)
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-
     # Drawn and initialised by two programs: the first is the same for every arm.
     def draw_all(key: jax.Array, contexts: Sequence[Any]) -> list[Transition]:
-        keys = [task_keys(jax.random.fold_in(key, 2), g) for g in groups]
+        keys = [task_keys(jax.random.fold_in(key, 2), g.names) for g in groups]
         return [jax.vmap(g.dataset)(c, k) for g, c, k in zip(groups, contexts, keys, strict=True)]
 
     def init_all(key: jax.Array) -> list[Any]:
-        return [jax.vmap(g.agent.init)(task_keys(jax.random.fold_in(key, 3), g)) for g in groups]
+        return [
+            jax.vmap(g.agent.init)(task_keys(jax.random.fold_in(key, 3), g.names)) for g in groups
+        ]
 
     draw_all, init_all = jax.jit(draw_all), jax.jit(init_all)
 
@@ -117,7 +121,7 @@ def offline_rl(
     def step(state: OfflineState):
         new, metrics, losses = [], {}, []
         for group, s in zip(groups, state.groups, strict=True):
-            keys = task_keys(jax.random.fold_in(state.key, 1), group)
+            keys = task_keys(jax.random.fold_in(state.key, 1), group.names)
             agent, loss = jax.vmap(lambda s, k, g=group: train(g, s, k, state.step))(s, keys)
             score = jax.vmap(group.score)(s.context, agent, keys)
             sums = {n: s.score_sums[n] + v for n, v in score.items()}
@@ -131,7 +135,7 @@ def offline_rl(
     def evaluate(state: OfflineState):
         out: dict[str, jax.Array] = {}
         for group, s in zip(groups, state.groups, strict=True):
-            keys = task_keys(jax.random.fold_in(state.key, 4), group)
+            keys = task_keys(jax.random.fold_in(state.key, 4), group.names)
             result = jax.vmap(group.score)(s.context, s.agent, keys)
             result |= jax.vmap(group.inspect)(s.context, s.agent, s.data, keys)
             steps = jnp.maximum(state.step, 1)
@@ -142,3 +146,26 @@ def offline_rl(
 
     phase = Phase("train", num_updates // updates_per_step, step)
     return Experiment(init, evaluate, (phase,))
+
+
+def side_by_side(parts: Sequence[Experiment[Any]]) -> Experiment[Any]:
+    """Experiments with different result names as one: their phases in order, the states in a tuple."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def phase(i: int, p: Phase[Any]) -> Phase[Any]:
+        def step(states: tuple[Any, ...]):
+            new, metrics = p.step(states[i])
+            return (*states[:i], new, *states[i + 1 :]), metrics
+
+        return p._replace(step=step)
+
+    def init(key: jax.Array) -> tuple[Any, ...]:
+        return tuple(part.init(key) for part in parts)
+
+    def evaluate(states: tuple[Any, ...]) -> dict[str, Any]:
+        found = [part.evaluate(s) for part, s in zip(parts, states, strict=True)]
+        return {k: v for out in found for k, v in out.items()}
+
+    phases = tuple(phase(i, p) for i, part in enumerate(parts) for p in part.phases)
+    return Experiment(init, evaluate, phases)

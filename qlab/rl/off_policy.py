@@ -1,7 +1,7 @@
 """Off-policy learning while acting: E environments in step, a window replay, updates between the steps.
 
 The environments are one function of all of them (they may share a curriculum), with the fields of
-`envs.env.TimeStep` and a leading axis E. Whether the agent learns is a number in the state, so that a random agent runs the
+`envs.env.TimeStep` and a leading axis E. Demonstrations may fill a fixed part of every minibatch. Whether the agent learns is a number in the state, so that a random agent runs the
 same program as the learner it is compared with.
 """
 
@@ -26,7 +26,8 @@ class OnlineConfig(NamedTuple):
 
     Attributes:
       discount: gamma, of the transitions. updates_per_step: after each step of all environments. batch_size: windows of
-        an update. n_step: steps of a window. capacity, learning_starts: of the replay, in rows.
+        an update. n_step: steps of a window. capacity, learning_starts: of the replay, in rows. demo_rows: rows of a
+        minibatch that come from the demonstrations, the others are windows.
     """
 
     discount: float
@@ -35,11 +36,12 @@ class OnlineConfig(NamedTuple):
     n_step: int = 1
     capacity: int = 20_000
     learning_starts: int = 1000
+    demo_rows: int = 0
 
 
 class OnlineState(NamedTuple):
     """key: of the steps. step: i32[]. learns: bool[]. agent: its state. env: states of all environments. obs: the
-    next ones. metrics: of the last update, 0 before the first."""
+    next ones. metrics: of the last update, 0 before the first. demos: one-step rows, fixed, or None."""
 
     key: jax.Array
     step: jax.Array
@@ -49,13 +51,14 @@ class OnlineState(NamedTuple):
     obs: Any
     replay: Windows
     metrics: dict[str, jax.Array]
+    demos: Transition | None = None
 
 
 class Online(NamedTuple):
-    """init: (key, state of the environments, their observations, learns bool[]) -> state. step: state -> state, one
+    """init: (key, state of the environments, their observations, learns bool[], demos=None) -> state. step: state -> state, one
     step of all environments and the updates after it; metrics of the last update are state.metrics."""
 
-    init: Callable[[jax.Array, Any, Any, Any], OnlineState]
+    init: Callable[..., OnlineState]
     step: Callable[[OnlineState], OnlineState]
 
 
@@ -72,9 +75,14 @@ def off_policy(
       env_step: (states, actions [E], key) -> (states, TimeStep with leading axis E).
       num_seeds: side by side, for the check of the memory.
     Raises:
-      UserError: a replay too small for one window or for learning_starts, or too large for the memory.
+      UserError: a replay too small for one window or for learning_starts, or too large for the memory; demo_rows
+        that do not fit a minibatch of one-step rows.
     """
     c = config
+    if not 0 <= c.demo_rows <= c.batch_size or (c.demo_rows and c.n_step > 1):
+        raise UserError(
+            f"demo_rows={c.demo_rows}: expected 0 to batch_size={c.batch_size}, and n_step=1, not {c.n_step}"
+        )
 
     def row_of(obs: Any, action: Any, ts: Any) -> Transition:
         return Transition(
@@ -83,9 +91,27 @@ def off_policy(
             reward=ts.reward,
             discount=(c.discount * (1.0 - ts.terminated)).astype(jnp.float32),
             next_obs=ts.final_obs,
+            demo=jnp.zeros_like(ts.reward) if c.demo_rows else None,
         )
 
-    def init(key: jax.Array, env: Any, obs: Any, learns: Any) -> OnlineState:
+    def draw(state: OnlineState, key: jax.Array) -> Transition:
+        """One minibatch: demo_rows demonstrations first."""
+        if not c.demo_rows:
+            return window_sample(state.replay, key, c.batch_size, c.n_step)
+        k_demo, k_own = jax.random.split(key)
+        demos = state.demos
+        at = jax.random.uniform(k_demo, (c.demo_rows,)) * demos.reward.shape[0]  # type: ignore[union-attr]
+        rows = jax.tree.map(lambda x: x[at.astype(jnp.int32)], demos)
+        if c.demo_rows == c.batch_size:
+            return rows
+        own = window_sample(state.replay, k_own, c.batch_size - c.demo_rows)
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, own)
+
+    def init(key: jax.Array, env: Any, obs: Any, learns: Any, demos: Any = None) -> OnlineState:
+        if (demos is None) == bool(c.demo_rows):
+            raise UserError(
+                f"demo_rows={c.demo_rows} with {'no' if demos is None else 'unused'} demonstrations"
+            )
         k_agent = jax.random.fold_in(key, 0)
         state = agent.init(k_agent)
         action = jax.eval_shape(agent.act, state, key, obs)
@@ -101,17 +127,16 @@ def off_policy(
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), row)
         check_fits(num_seeds * replay_bytes(one, c.capacity), "replay_size")
         replay = windows_init(row, c.capacity)
-        batch = jax.eval_shape(lambda r: window_sample(r, key, c.batch_size, c.n_step), replay)
+        learns = jnp.asarray(learns, bool)
+        new = OnlineState(key, jnp.int32(0), learns, state, env, obs, replay, {}, demos)
+        batch = jax.eval_shape(draw, new, key)
         names = jax.eval_shape(agent.update, state, key, batch)[1]
         metrics = {k: jnp.zeros((), v.dtype) for k, v in names.items()}
-        key = jax.random.fold_in(key, 1)
-        learns = jnp.asarray(learns, bool)
-        return OnlineState(key, jnp.int32(0), learns, state, env, obs, replay, metrics)
+        return new._replace(key=jax.random.fold_in(key, 1), metrics=metrics)
 
     def learn(state: OnlineState, key: jax.Array) -> OnlineState:
         def update(carry, k):
-            batch = window_sample(state.replay, k[0], c.batch_size, c.n_step)
-            return agent.update(carry[0], k[1], batch), None
+            return agent.update(carry[0], k[1], draw(state, k[0])), None
 
         def updates(carry):
             return jax.lax.scan(update, carry, jax.random.split(key, (c.updates_per_step, 2)))[0]

@@ -103,3 +103,26 @@ def film(
     carry = (*env.reset(k_reset), jnp.bool_(True))
     keys = jax.random.split(k_steps, ((num_frames - 1) * every + 1, 2))
     return jax.tree.map(lambda x: x[::every], jax.lax.scan(one, carry, keys)[1])
+
+
+def best_share(total: jax.Array, share: float | jax.Array) -> jax.Array:
+    """f32[T], 1 on the best `share` of the steps by the return `total` of their episodes, and on ties.
+
+    >>> best_share(jnp.array([1.0, 1.0, 3.0, 2.0]), 0.5).tolist()
+    [0.0, 0.0, 1.0, 1.0]
+    """
+    n = total.shape[0]
+    count = jnp.maximum(jnp.round(share * n), 1).astype(jnp.int32)  # share may be traced
+    bar = jnp.sort(total)[n - count]
+    return (total >= bar).astype(jnp.float32)
+
+
+def first_episode(
+    env: Env, policy: Policy, memory: Any, key: jax.Array, horizon: int, discount: float
+) -> tuple[jax.Array, jax.Array, Any]:
+    """One episode of at most `horizon` steps: its return, its discounted return (f32[] each), its first observation."""
+    data, over = collect(env, policy, memory, key, horizon, 1.0)
+    alive = jnp.cumsum(over) - over == 0
+    reward = jnp.where(alive, data.reward, 0.0)
+    first = jax.tree.map(lambda x: x[0], data.obs)
+    return reward.sum(), (reward * discount ** jnp.arange(horizon)).sum(), first

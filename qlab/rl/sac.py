@@ -10,7 +10,9 @@ arXiv 2311.01642). A negative entry asks for the learned temperature instead, so
 serves both kinds. The observation may carry the temperature too; that is the caller's choice.
 
 Mean and log standard deviation are separate networks of one shape (QARL's), or two heads of one (shared_actor, most
-implementations'); the two critics are separate networks of one shape.
+implementations'); the two critics are separate networks of one shape. With `layer_norm` the critics are normalised
+after every hidden layer, which RLPD (Ball et al. 2023, arXiv 2302.02948) finds necessary where half of a minibatch are
+demonstrations.
 Letters: N = batch, S = observation, D = action dimensions.
 """
 
@@ -25,7 +27,7 @@ import optax
 
 from qlab.lab.errors import UserError
 from qlab.rl.agent import Agent, Transition, ema, td_target
-from qlab.rl.networks import dense_apply, dense_init
+from qlab.rl.networks import dense_apply, dense_init, mlp_apply, mlp_init
 
 LOG_STD = (-20.0, 2.0)
 TEMPERATURE_FLOOR = 1e-6
@@ -43,9 +45,9 @@ class SACState(NamedTuple):
     updates: jax.Array
 
 
-def _pair(key: jax.Array, num_in: int, hidden: Sequence[int], num_out: int) -> Any:
+def _pair(key: jax.Array, num_in: int, hidden: Sequence[int], num_out: int, make=dense_init) -> Any:
     """Two networks of one shape, leading axis 2."""
-    return jax.vmap(lambda k: dense_init(k, num_in, hidden, num_out))(jax.random.split(key))
+    return jax.vmap(lambda k: make(k, num_in, hidden, num_out))(jax.random.split(key))
 
 
 def gaussian(actor: Any, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -70,8 +72,9 @@ def squash(mean: jax.Array, log_std: jax.Array, noise: jax.Array) -> tuple[jax.A
 
 
 def q_values(critic: Any, obs: jax.Array, action: jax.Array) -> jax.Array:
-    """Both critics, f32[2, N]."""
-    return jax.vmap(dense_apply, (0, None))(critic, jnp.concatenate([obs, action], -1))[..., 0]
+    """Both critics, f32[2, N]; normalised ones are dicts."""
+    apply = mlp_apply if isinstance(critic, dict) else dense_apply
+    return jax.vmap(apply, (0, None))(critic, jnp.concatenate([obs, action], -1))[..., 0]
 
 
 def sac(
@@ -88,6 +91,7 @@ def sac(
     target_entropy: float | None = None,
     actor_warmup: int = 0,
     shared_actor: bool = False,
+    layer_norm: bool = False,
 ) -> Agent:
     """The learner; defaults are those of QARL's repository.
 
@@ -98,6 +102,7 @@ def sac(
       target_entropy: of a learned temperature, in nats; None is -action_dim.
       actor_warmup: updates in which only the critics learn.
       shared_actor: mean and log standard deviation are heads of one network.
+      layer_norm: critics as in `networks.mlp_init` (LayerNorm, SiLU, zero head).
     Returns:
       An Agent; "update" reports loss (critic + actor), critic_loss, actor_loss, entropy, alpha, q.
     Raises:
@@ -126,7 +131,8 @@ def sac(
 
     def init(key: jax.Array) -> SACState:
         k_actor, k_critic = jax.random.split(key)
-        critic = _pair(k_critic, obs_dim + action_dim, hidden, 1)
+        make = mlp_init if layer_norm else dense_init
+        critic = _pair(k_critic, obs_dim + action_dim, hidden, 1, make)
         if shared_actor:
             actor = dense_init(k_actor, obs_dim, hidden, 2 * action_dim)
         else:

@@ -28,7 +28,7 @@ import numpy as np
 from qlab.rl.agent import Transition
 from qlab.rl.c2f import ActionGrid, all_bins
 from qlab.rl.envs.tabular import TabularMDP, choose, tabular_env, tabular_mdp
-from qlab.rl.rollout import collect, episode_returns
+from qlab.rl.rollout import best_share, collect, episode_returns
 
 NUM_STATES = 5
 LEFT, OFF, RIGHT = 0, 1, 2
@@ -157,5 +157,4 @@ def draw_log(
 
     data, ends = collect(env, policy, jnp.int32(0), key, num_steps, discount)
     total = episode_returns(data.reward, ends, discount)
-    bar = jnp.sort(total)[num_steps - max(1, round(demo_share * num_steps))]
-    return data._replace(demo=(total >= bar).astype(jnp.float32))
+    return data._replace(demo=best_share(total, demo_share))
