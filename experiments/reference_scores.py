@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import optax
 
 from qlab.lab.experiment import Claim, Experiment, Figure, Metric
 from qlab.rl.agent import Agent, random_agent
@@ -32,9 +33,11 @@ def make_agent(c: Any, obs_dim: int, action_dim: int) -> Agent:
             lr_critic=c.learning_rate, lr_alpha=c.learning_rate, tau=c.tau, shared_actor=True,
         )  # fmt: skip
     if c.agent == "dqn":
+        num_updates = c.num_steps // c.num_envs
+        rate = optax.linear_schedule(c.learning_rate, c.final_rate * c.learning_rate, num_updates)
         net = mlp_q(obs_dim, c.hidden, action_dim, slope=0.0)
         learner = double_dqn(
-            net, action_dim, discount=c.discount, learning_rate=c.learning_rate, double=c.double,
+            net, action_dim, discount=c.discount, learning_rate=rate, double=c.double,
             target_every=c.target_every, epsilon_decay=c.epsilon_decay, epsilon_final=c.epsilon_final,
         )  # fmt: skip
         return unmasked(learner, action_dim)
