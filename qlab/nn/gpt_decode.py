@@ -92,7 +92,11 @@ def decode_step(
 
 
 def sample_token(
-    key: jax.Array, logits: jax.Array, temperature=1.0, top_k: int = 0, top_p: float = 1.0
+    key: jax.Array,
+    logits: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> jax.Array:
     """i32[N] of logits f32[N, V]: temperature, then top-k, then top-p, then a draw.
 

@@ -83,8 +83,9 @@ def _front(
         def linear(site, product, x):
             if site not in near:
                 return product(x)
-            used[site] = near[site] if choose is None else choose(*near[site], x)
-            return product(fake(row_grid(*used[site], bits), x))
+            lo, hi = near[site]
+            used[site] = (lo, hi) = (lo, hi) if choose is None else choose(lo, hi, x)
+            return product(fake(row_grid(lo, hi, bits), x))
 
         return net.groups[g].block(p, x, Run(linear, lambda site, x: x)), used
 
@@ -155,7 +156,10 @@ def tune_encoder(
         here = [{**p, **n} for p, n in zip(params, own if norms else held, strict=False)]
         got = _front(net, here, moved, x, bits)[0]
         inputs = capture(net.groups[at].block, first, got)[1]
-        entropies = [soft_entropy(inputs[s], *near[s], 2.0**bits, room=2**max_bits) for s in STAGES]
+        entropies = [
+            soft_entropy(inputs[s], near[s][0], near[s][1], 2.0**bits, room=2**max_bits)
+            for s in STAGES
+        ]
         return ((got - tokens) ** 2).mean() / power + eta * jnp.stack(entropies).mean()
 
     optimizer = optax.adam(learning_rate)

@@ -88,7 +88,7 @@ def layer(net: BlockNet, params: Params, ranges: Ranges, bits, k, state: State, 
     """The state after layer k, its input rounded on share times its range."""
 
     def run_stage(name, block, ends, state, share):
-        record = shrunk(*ends, share, bits)
+        record = shrunk(ends[0], ends[1], share, bits)
         run = Run(lambda site, product, x: product(fake(record, x)), lambda site, x: x)
         return block.stage(name, *state, run)
 
@@ -105,7 +105,8 @@ def input_errors(
 
         def linear(site, product, x):
             def error(share):
-                return (jnp.abs(fake(shrunk(*ends, share, bits), x) - x) ** power).mean()
+                record = shrunk(ends[0], ends[1], share, bits)
+                return (jnp.abs(fake(record, x) - x) ** power).mean()
 
             found.append(jax.lax.map(error, grid))
             return product(x)
@@ -174,7 +175,7 @@ def dependency_proxies(seen: FloatPass, bits, *, max_bits: int = 8) -> dict[str,
         later = STAGES[i + 1] if i + 1 < len(STAGES) else None
         if later is not None and codes[name].shape == codes[later].shape:
             pairs = (codes[name], codes[later])
-            given[name] = jax.lax.map(lambda p: conditional_entropy(*p, levels), pairs)
+            given[name] = jax.lax.map(lambda p: conditional_entropy(p[0], p[1], levels), pairs)
         before = STAGES[i - 1]
         if name in ("proj", "gate_up") and x_hat[before].shape == x_hat[name].shape:
             repo[name] = jax.vmap(repo_dependency)(x_hat[before], x_hat[name])

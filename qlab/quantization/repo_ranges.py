@@ -44,7 +44,8 @@ def repo_ranges(
     size = len(tokens) // num_batches
     batches = [tokens[b * size : (b + 1) * size] for b in range(num_batches)]
     widths = {s: params[s]["kernel"].shape[1] for s in STAGES}
-    ends = {s: (jnp.zeros((group.n, w)),) * 2 for s, w in widths.items()}
+    zeros = {s: jnp.zeros((group.n, w)) for s, w in widths.items()}
+    ends: Ranges = {s: (a, a) for s, a in zeros.items()}
     order = [(i, s) for i in range(group.n) for s in STAGES]
     for b, batch in enumerate(batches):
         state, before, proxies = start_state(params, batch), None, []
@@ -108,7 +109,7 @@ def _shrink(net, name: str, params, ends, i, state, bits, grid):
 
         best = grid[jax.lax.map(error, grid).argmin()]
         seen.extend((lo * best, hi * best))
-        return fake(affine(*seen, bits), x)
+        return fake(affine(lo * best, hi * best, bits), x)
 
     state = _layer(net, name, params, i, state, rounded)
     return (ends[0].at[i].set(seen[0]), ends[1].at[i].set(seen[1])), state

@@ -127,6 +127,7 @@ def test_coordinate_search_is_written_out(searches):
     assert float(found.loss) == pytest.approx(best, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_costs_count_every_candidate():
     """Against searches that count their calls on the host."""
     for num, n, exhaustive in ((4, 3, 343), (4, 2, 343), (4, 3, 10)):
