@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,15 @@ METRICS = {
 }
 
 
-def _pair(text: str, source: str, net: str, left: str, right: str, note: str = "", op=">="):
+def _pair(
+    text: str,
+    source: str,
+    net: str,
+    left: str,
+    right: str,
+    note: str = "",
+    op: Literal[">=", "<="] = ">=",
+) -> Claim:
     return Claim(text, source, (net, left), op, (net, right), note=note)
 
 

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qlab.quantization.grid import calibrate
+from qlab.quantization.grid import calibrate, nearest_codes
 from qlab.quantization.importance import ig_importance
+from qlab.quantization.learn_unit import Learned, Unit, learn
 from qlab.quantization.methods import Method
 from qlab.quantization.methods import Unit as MethodUnit
 from qlab.quantization.ptq_stages import (
@@ -35,16 +36,7 @@ from qlab.quantization.ptq_stages import (
     suffix,
 )
 from qlab.quantization.qtensor import dequantize
-from qlab.quantization.rounding_lanes import (
-    MAX_BITS,
-    Job,
-    Lane,
-    Learned,
-    Space,
-    Unit,
-    learn,
-    numbers,
-)
+from qlab.quantization.rounding_lanes import MAX_BITS, Job, Lane, Space, numbers
 from qlab.quantization.site_study import divergence
 
 METRICS = ("heldout_kl", "accuracy", "kl", "soft_accuracy")
@@ -247,8 +239,7 @@ def nearest_weights(stages: Stages, params: Sequence[Any], bits) -> tuple[Any, .
 
     def one(w):
         g = calibrate(w, bits, False, max_bits=MAX_BITS, calibration="shares")
-        q = jnp.clip(jnp.round(w / g.scale) + g.zero, g.q_min, g.q_max)
-        return g.scale * (q - g.zero)
+        return dequantize(g.qtensor(nearest_codes(w, g), w.shape))
 
     return jax.tree.map(jax.vmap(one), stacked_weights(stages, params))
 

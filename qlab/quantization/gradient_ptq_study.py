@@ -229,13 +229,10 @@ def study(
         lane = _lanes([Run(name, base, w, 0.0) for w in widths], sites, most, state.key, sets)
         params = net.params("layer", state.trained)
         out = _closed(layer, plan.closed[name], params, state.data["layer"], lane)
-        return put(
-            state,
-            {
-                (name, w): {k: float(v[j]) for k, v in out.items()} | {"lr": 0.0}
-                for j, w in enumerate(widths)
-            },
-        )
+        found: dict[tuple[str, int], dict[str, float]] = {}
+        for j, w in enumerate(widths):
+            found[name, w] = {"lr": 0.0, **{k: float(v[j]) for k, v in out.items()}}
+        return put(state, found)
 
     stretches = [
         ("options", len(calls), option_step),
@@ -305,9 +302,16 @@ def _space(plan: Plan) -> Space:
 
 
 def _job(s: opt.Settings, space: Space) -> Job:
-    where = (space.rules, space.losses, space.optimizers, space.grids)
-    at = [jnp.int32(names.index(s[k])) for k, names in zip(opt.BRANCHES, where, strict=True)]
-    return Job(*at, jnp.asarray(opt.shared(s)[-1]))
+    def at(names: Sequence[str], key: str) -> jax.Array:
+        return jnp.int32(names.index(s[key]))
+
+    return Job(
+        at(space.rules, "rule"),
+        at(space.losses, "loss"),
+        at(space.optimizers, "optimizer"),
+        at(space.grids, "grid"),
+        jnp.asarray(opt.shared(s)[-1]),
+    )
 
 
 def _lanes(runs: Sequence[Run], sites: int, most: int, key: jax.Array, sets: Sequence[str]) -> Lane:
@@ -360,7 +364,8 @@ def _walks(stages, space, joint, plain, params, data, lane, job):
 @partial(jax.jit, static_argnums=(0, 1))
 def _closed(stages, method, params, data, lane):
     def one(lane):
-        return walk(stages, params, data, lane, None, Space(), method=method)
+        job = _job(opt.settings("base"), Space())  # not looked at
+        return walk(stages, params, data, lane, job, Space(), method=method)
 
     return jax.vmap(one)(lane)
 

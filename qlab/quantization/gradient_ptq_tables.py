@@ -35,7 +35,7 @@ def summaries(
         for w in widths:
             values = sorted(at[n, w]["accuracy"] for n in names)
             spread.append(values[-1] - values[0])
-            rest.append(values[-1] - values[min(1, len(values) - 2)])
+            rest.append(values[-1] - values[1])
             held = {n: at[n, w]["heldout_kl"] for n in names}
             gain.append(at[opt.best(held, names[1:]), w]["accuracy"] - at["base", w]["accuracy"])
         out |= {

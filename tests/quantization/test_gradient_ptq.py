@@ -36,17 +36,16 @@ from qlab.quantization.site_study import divergence
 SIZES = (12, 8, 8, 8, 4)
 
 
-@pytest.fixture(scope="module")
-def net():
-    """An MLP of four layers, two of which make a stage; its data."""
-    model = mlp(SIZES)
+def made(sizes):
+    """An MLP and its data."""
+    model = mlp(sizes)
     rng = np.random.default_rng(0)
     layers = tuple(
         Layer(
             jnp.asarray(rng.standard_normal((b, a)) / np.sqrt(a / 2), jnp.float32),
             jnp.asarray(0.1 * rng.standard_normal(b), jnp.float32),
         )
-        for a, b in itertools.pairwise(SIZES)
+        for a, b in itertools.pairwise(sizes)
     )
     stages, stack = chain_stages(model.chain, model.shapes)
     params = stack(layers)
@@ -57,6 +56,17 @@ def net():
     saliency = weight_saliency(stages, params, bank[0])
     data = Data(bank, held, test, labels, fp, saliency)
     return SimpleNamespace(model=model, layers=layers, stages=stages, params=params, data=data, x=x)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """Four layers, two of which make a stage."""
+    return made(SIZES)
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    return made((12, 8, 4))
 
 
 def run(net, space, *changes, width=2, **options):
@@ -121,10 +131,10 @@ LEAN = Space(("sigmoid",), ("l2",), ("adam",), ("uniform",), 60, 16, 1.0, False)
 
 
 @pytest.fixture(scope="module")
-def selections(net):
+def selections(shallow):
     base = {"lr": 3e-2}
     return run(
-        net, LEAN, base,
+        shallow, LEAN, base,
         *(base | {"select": s, "share": rho} for rho in (0.0, 1.0) for s in ("random", "magnitude", "importance")),
         base | {"select": "random", "share": 0.5}, base | {"select": "middle"}, base | {"width": 8},
     )  # fmt: skip
@@ -135,9 +145,9 @@ def nearest_net(net, width):
     return forward(net.stages, net.params, jnp.concatenate([net.data.heldout, net.data.x_test]), w)
 
 
-def test_no_share_is_nearest_and_the_whole_share_is_the_base(net, selections):
-    logits = nearest_net(net, 2)
-    rtn = float(divergence(net.data.fp[:24], logits[:24]))
+def test_no_share_is_nearest_and_the_whole_share_is_the_base(shallow, selections):
+    logits = nearest_net(shallow, 2)
+    rtn = float(divergence(shallow.data.fp[:24], logits[:24]))
     for metric in ("heldout_kl", "kl", "accuracy"):
         got = selections[metric]
         np.testing.assert_allclose(got[4:7], got[0], rtol=1e-6, err_msg=metric)
@@ -172,11 +182,11 @@ def test_levels_hold_what_nearest_gives(kind):
     assert np.abs(values - np.asarray(w))[2].mean() < np.abs(values - np.asarray(w))[0].mean()
 
 
-def test_a_closed_form_of_the_house_runs_in_the_walk(net):
-    method = methods.nearest()
-    out = run(net, LEAN, {}, method=method)
-    logits = nearest_net(net, 2)
-    np.testing.assert_allclose(out["heldout_kl"][0], divergence(net.data.fp[:24], logits[:24]), rtol=1e-4)  # fmt: skip
+@pytest.mark.slow
+def test_a_closed_form_of_the_house_runs_in_the_walk(shallow):
+    out = run(shallow, LEAN, {}, method=methods.nearest())
+    logits = nearest_net(shallow, 2)
+    np.testing.assert_allclose(out["heldout_kl"][0], divergence(shallow.data.fp[:24], logits[:24]), rtol=1e-4)  # fmt: skip
 
 
 def test_importance_is_the_loss_change_of_one_site(net):
