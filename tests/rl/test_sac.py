@@ -256,6 +256,7 @@ def test_a_missing_temperature_is_one_line():
         agent_of("batch").update(started(), jax.random.key(0), batch_of())
 
 
+@pytest.mark.slow
 def test_normalised_critics_start_at_zero_and_learn_the_same_loss():
     """RLPD's critics: LayerNorm and a zero head; a huge input cannot make their values huge."""
     agent = m.sac(3, 2, hidden=(16, 16), layer_norm=True, temperature=0.1, lr_critic=1e-3)
