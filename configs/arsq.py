@@ -119,7 +119,7 @@ def get_config(variant: str = "") -> ConfigDict:
         c.update(updates=400, num_logged=500, hidden=(32,), log_points=20)
         c.update(env_steps=640, num_demos=1600, replay_size=1600, learning_starts=32, eval_points=5)
         c.arms["arsq"] = {"tasks": ("bandit", "chain", "separable", "gates")}
-        for arm in ("no_ar", "independent_scalar", "bc"):
+        for arm in ("no_ar", "independent_scalar", "flat", "bc"):
             del c.arms[arm]
     if variant == "control":
         c.update(tasks=("gates", "gates_expert", "thrusters", "thrusters_separable", "pendulum"))
@@ -155,3 +155,14 @@ def sweep():
     )
     yield from grid({**tasks, "lambda_bc": (0.0, 0.1, 1.0), "bc_filter": (0.2, 1.0)})
     yield from grid({**tasks, "num_logged": (200, 2000), "slip": (0.0, 0.2)})
+    yield from grid({**tasks, "conditioning": ("ar", "level", "none"), "L": (2,), "B": (3,)})
+    # The same in control, on the coupled task whose joint actions can still be listed.
+    gates = {"tasks": (("gates",),), "lr": (3e-4,), "batch": (64,), "bc_filter": (0.1,)}
+    yield from grid({**gates, "L": (2,), "B": (5,), "alpha": (1e-4, 1e-3, 1e-2)})
+    yield from grid(
+        {**gates, "L": (1,), "B": (25,), "alpha": (1e-3,), "demo_fraction": (0.25, 0.5)}
+    )
+    mixes = {"demo_mix": ((0.05, 0.15, 0.8), (0.2, 0.4, 0.4), (0.9, 0.05, 0.05))}
+    yield from grid(
+        {**gates, "L": (2,), "B": (5,), "alpha": (1e-3,), "lambda_bc": (0.0, 1e-3), **mixes}
+    )

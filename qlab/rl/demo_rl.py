@@ -125,7 +125,8 @@ def demo_rl(
         online = learner(group, v).init(k_learn, states, obs, True, given)
         names = jax.eval_shape(partial(play, group, v), online.agent, key)
         sums = {n: jnp.zeros(2) for n in names}
-        return GroupState(online, *anchors, sums)
+        low, high = anchors
+        return GroupState(online, low, high, sums)
 
     def start_all(key: jax.Array, variations: Sequence[Any], drawn: list[Any]):
         return tuple(

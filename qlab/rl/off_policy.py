@@ -1,8 +1,8 @@
 """Off-policy learning while acting: E environments in step, a window replay, updates between the steps.
 
 The environments are one function of all of them (they may share a curriculum), with the fields of
-`envs.env.TimeStep` and a leading axis E. Demonstrations may fill a fixed part of every minibatch. Whether the agent learns is a number in the state, so that a random agent runs the
-same program as the learner it is compared with.
+`envs.env.TimeStep` and a leading axis E. Whether the agent learns is a number in the state, so that a random agent runs the
+same program as the learner it is compared with. Demonstrations may fill a fixed part of every minibatch.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class OnlineState(NamedTuple):
 
 
 class Online(NamedTuple):
-    """init: (key, state of the environments, their observations, learns bool[], demos=None) -> state. step: state -> state, one
-    step of all environments and the updates after it; metrics of the last update are state.metrics."""
+    """init: (key, state of the environments, their observations, learns bool[], demos=None) -> state. step: state -> state,
+    one step of all environments and the updates after it; metrics of the last update are state.metrics."""
 
     init: Callable[..., OnlineState]
     step: Callable[[OnlineState], OnlineState]
@@ -100,7 +100,8 @@ def off_policy(
             return window_sample(state.replay, key, c.batch_size, c.n_step)
         k_demo, k_own = jax.random.split(key)
         demos = state.demos
-        at = jax.random.uniform(k_demo, (c.demo_rows,)) * demos.reward.shape[0]  # type: ignore[union-attr]
+        assert demos is not None, "init refuses demo_rows without demonstrations"
+        at = jax.random.uniform(k_demo, (c.demo_rows,)) * demos.reward.shape[0]
         rows = jax.tree.map(lambda x: x[at.astype(jnp.int32)], demos)
         if c.demo_rows == c.batch_size:
             return rows

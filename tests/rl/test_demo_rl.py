@@ -1,5 +1,7 @@
 """Learning from demonstrations and own experience: what a minibatch holds, what is shared, what is scored."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from qlab.lab.errors import UserError
 from qlab.rl.agent import Agent, Transition
 from qlab.rl.demo_rl import Schedule, demo_rl
 from qlab.rl.demo_tasks import DemoGroup, DemoTask
+from qlab.rl.envs.brax_env import brax_env
 from qlab.rl.envs.env import Env, TimeStep
 from qlab.rl.off_policy import OnlineConfig, off_policy
 from qlab.rl.rollout import first_episode
@@ -161,11 +164,16 @@ def test_first_episode_stops_at_its_end():
         assert float(first[0]) == 0.0
 
 
+def test_brax_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "brax", None)
+    with pytest.raises(UserError, match="brax:ant needs brax: pip install") as e:
+        brax_env("ant")
+    assert "\n" not in str(e.value)
+
+
 @pytest.mark.slow
 def test_brax_restarts_and_truncates():
     pytest.importorskip("brax")
-    from qlab.rl.envs.brax_env import brax_env
-
     with pytest.raises(UserError, match="did you mean halfcheetah"):
         brax_env("half_cheetah")
     env, _ = brax_env("inverted_pendulum", horizon=5)

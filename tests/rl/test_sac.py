@@ -254,3 +254,22 @@ def test_bad_temperatures_name_themselves(bad):
 def test_a_missing_temperature_is_one_line():
     with pytest.raises(UserError, match=r"batch\.temperature"):
         agent_of("batch").update(started(), jax.random.key(0), batch_of())
+
+
+@pytest.mark.slow
+def test_normalised_critics_start_at_zero_and_learn_the_same_loss():
+    """RLPD's critics: LayerNorm and a zero head; a huge input cannot make their values huge."""
+    agent = m.sac(3, 2, hidden=(16, 16), layer_norm=True, temperature=0.1, lr_critic=1e-3)
+    state = agent.init(jax.random.key(0))
+    obs, action = jnp.ones((4, 3)), jnp.zeros((4, 2))
+    np.testing.assert_array_equal(agent.q_value(state, obs, action), 0)
+    batch = Transition(obs, action, jnp.ones(4), jnp.zeros(4), obs)
+    update = jax.jit(agent.update)
+    for i in range(300):
+        state, metrics = update(state, jax.random.key(i), batch)
+    np.testing.assert_allclose(
+        agent.q_value(state, obs, action), 1, atol=0.1
+    )  # the reward, no bootstrap
+    far = agent.q_value(state, 1e6 * obs, action)
+    assert float(jnp.abs(far).max()) < 10
+    assert np.isfinite(metrics["loss"])

@@ -9,13 +9,13 @@ thrusters  A craft in the plane flies to a goal. A pair of thrusters gives the f
            the product of its two actions, so that only both signs together say where it goes.
            A step pays 0.05 exp(-2 distance). Expert: a PD force, split evenly over the pair with a random
            sign for the episode. Medium: a tenth of that force. Bad: the second sign of a pair is random at every step.
-separable  The same craft with the mean of the two actions as force: no coupling. Controllers likewise.
+thrusters_separable  The same craft with the mean of the two actions as force: no coupling. Controllers likewise.
 pendulum   The swing-up of `control.pendulum`, one dimension; pays 0.003 times its reward. Expert: pumps
            energy, then balances. Medium: the same with half the torque. Bad: brakes.
 
-Only `pendulum`, `thrusters` and `separable` run out of time; gates may also end by itself.
-Every controller adds Gaussian noise to its action. The two coupled tasks are built to be coupled, the other two are
-their controls. All numbers are our choice.
+All run out of time; only gates may end before. The names with _expert take their demonstrations from a mostly expert mix.
+The first two tasks are built to be coupled, the other two are their controls. Every scripted action gets Gaussian noise
+(`demo_tasks.scripted`). All numbers are our choice.
 Letters: D = action dimensions, S = observation size, P = pairs of thrusters.
 """
 
