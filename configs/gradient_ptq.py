@@ -97,7 +97,7 @@ def get_config(variant: str = "") -> ConfigDict:
         variant == "full"
     ):  # the whole study at AdaRound's budget; the paper's ImageNet nets are not here
         c.update(seeds=10, num_iters=10_000)
-        c.arms.vit.num_iters = 10_000
+        c.arms["vit"]["num_iters"] = 10_000
     return c
 
 
