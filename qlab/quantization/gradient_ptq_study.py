@@ -259,7 +259,7 @@ def study(
             out[f"{name}/soft_gap"] = table[i, 3] - table[i, 1]
         for width in widths:
             out[f"w{width}_base/fp_accuracy"] = fp_accuracy
-        at = {row: dict(zip(FIELDS, table[i], strict=True)) for row, i in place.items()}
+        at = {row: of(state, *row) for row in place}
         out |= summaries(at, plan.options, widths)
         for b in plan.budgets:
             parts = [at[f"random_{j}_{budget_name(b)}", 0]["accuracy"] for j in range(2)]

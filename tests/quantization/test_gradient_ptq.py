@@ -1,7 +1,6 @@
 """The walk with choices as data: exact cases, and each part against an oracle."""
 
 import itertools
-from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -14,11 +13,13 @@ from qlab.nn.chain import forward as chain_forward
 from qlab.nn.models import cnn, mlp
 from qlab.nn.vit import ViTSize, vit
 from qlab.quantization import methods
-from qlab.quantization.gradient_ptq import Data, nearest_weights, site_importance, walk
-from qlab.quantization.gradient_ptq_study import _job, _lanes
+from qlab.quantization.gradient_ptq import Data, nearest_weights, site_importance
+from qlab.quantization.gradient_ptq_study import _closed, _job, _lanes, _walks
 from qlab.quantization.grid import make_grid, nearest_codes
+from qlab.quantization.learn_unit import Unit, learn
 from qlab.quantization.ptq_options import Run, settings
 from qlab.quantization.ptq_stages import (
+    SiteInfo,
     block_stages,
     chain_stages,
     entropy_of_answers,
@@ -30,6 +31,7 @@ from qlab.quantization.ptq_stages import (
     suffix,
     weight_saliency,
 )
+from qlab.quantization.recon_losses import Aux, recon_loss
 from qlab.quantization.rounding_lanes import Space, levels
 from qlab.quantization.site_study import divergence
 
@@ -69,14 +71,18 @@ def shallow():
     return made((12, 8, 4))
 
 
-def run(net, space, *changes, width=2, **options):
-    """METRICS of lanes of one job: {metric: [lane]}."""
+def run(net, space, *changes, width=2, joint=False, plain=False, method=None):
+    """METRICS of lanes of one job: {metric: [lane]}; equal spaces share the compiled program."""
     base = settings("base") | {"count": 48}
     runs = [Run("x", base | c, c.get("width", width), c.get("lr", 3e-2)) for c in changes]
-    lane = _lanes(runs, num_sites(net.stages), max(SIZES), jax.random.key(0), ("train",))
-    job = _job(runs[0].settings, space)
-    one = lambda ln: walk(net.stages, net.params, net.data, ln, job, space, **options)  # noqa: E731
-    return {k: np.asarray(v) for k, v in jax.jit(jax.vmap(one))(lane).items()}
+    most = max(s.rows for stage in net.stages for s in stage.sites)
+    lane = _lanes(runs, num_sites(net.stages), most, jax.random.key(0), ("train",))
+    if method is not None:
+        out = _closed(net.stages, method, net.params, net.data, lane)
+    else:
+        job = _job(runs[0].settings, space)
+        out = _walks(net.stages, space, joint, plain, net.params, net.data, lane, job)
+    return {k: np.asarray(v) for k, v in out.items()}
 
 
 def test_stages_of_a_chain_and_of_blocks_are_the_nets(net):
@@ -220,46 +226,85 @@ WHOLE = Space(
     ("uniform", "symmetric", "power", "log2"),
     60,
     16,
+    1.0,
+    False,
 )
 
 
-@pytest.mark.slow
-def test_every_choice_learns_more_than_nearest_and_branches_are_independent(net):
-    """One program with all branches gives what a program with only the one gives."""
-    rtn = run(net, LEAN, {"select": "random", "share": 0.0})["heldout_kl"][0]
-    both = {"plain": True}
-    seen = {}
-    for key, names in (("rule", WHOLE.rules), ("loss", WHOLE.losses)):
-        for name in names:
-            seen[name] = run(net, WHOLE, {key: name}, **both)["heldout_kl"][0]
-            lean = LEAN._replace(**{{"rule": "rules", "loss": "losses"}[key]: (name,)})
-            alone = run(net, lean, {key: name}, **both)["heldout_kl"][0]
-            np.testing.assert_allclose(seen[name], alone, rtol=0.05, err_msg=name)
-            assert np.isfinite(seen[name])
-    assert np.mean([v < rtn for v in seen.values()]) > 0.7, seen
-    assert len({round(float(v), 5) for v in seen.values()}) == len(seen) - 1  # "l2" is "sigmoid"
+CHOICES = [*(("rule", n) for n in WHOLE.rules), *(("loss", n) for n in WHOLE.losses)]
 
 
 @pytest.mark.slow
-def test_a_whole_block_and_a_convolutional_net_are_walked(net):
-    stages, stack = chain_stages(net.model.chain, net.model.shapes, "net")
-    params = stack(net.layers)
-    saliency = weight_saliency(stages, params, net.data.bank[0])
-    whole = SimpleNamespace(stages=stages, params=params, data=net.data._replace(saliency=saliency))
+def test_every_choice_lowers_its_own_loss():
+    """One layer, two bits: under each rule and each loss the learned codes have less of that loss than nearest.
+
+    But for the cosine: blind to the length, it is met by soft weights far from codes, and hardening them costs more here
+    than was won (0.034 against 0.029).
+    """
+    rng = np.random.default_rng(3)
+    w = jnp.asarray(rng.standard_normal((40, 6)), jnp.float32)
+    x = jnp.asarray(
+        rng.standard_normal((256, 1)) + 0.5 * rng.standard_normal((256, 6)), jnp.float32
+    )
+    y = x @ w.T
+    fisher = jnp.asarray(rng.random(y.shape), jnp.float32)
+    site = SiteInfo("s", 40, 6, jax.nn.relu)
+    space = WHOLE._replace(num_iters=500, reg_weight=1.0)
+
+    @jax.jit
+    def learned(lane, job):
+        unit = Unit(
+            (site,), lambda w, b, x: x @ w["s"].T + b["s"], {"s": w}, {"s": jnp.zeros(40)},
+            {"s": lane.bits[0][:, None]}, {"s": jnp.ones_like(w)}, x, x, fisher, 1,
+        )  # fmt: skip
+        return learn(unit, lane, job, space).w["s"]
+
+    def error(name, w_hat):
+        return float(recon_loss(name)(y, x @ w_hat.T, Aux(jax.nn.relu, None, fisher)))
+
+    def fit(**change):
+        own = settings("base") | {"count": 256} | change
+        lane = _lanes([Run("x", own, 2, 3e-2)], 1, 40, jax.random.key(0), ("train",))
+        return learned(jax.tree.map(lambda a: a[0], lane), _job(own, space))
+
+    nearest = {g: fit(grid=g, select="random", share=0.0) for g in space.grids}
+    for key, name in (c for c in CHOICES if c[1] != "cosine"):
+        loss = name if key == "loss" else "l2"
+        assert error(loss, fit(**{key: name})) < error(loss, nearest["uniform"]), name
+    for name in space.grids:
+        assert error("l2", fit(grid=name)) < error("l2", nearest[name]), name
+    assert not np.array_equal(fit(optimizer="lion"), fit())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "name"), [("rule", "flexround"), ("loss", "fisher"), ("loss", "kl")])  # fmt: skip
+def test_a_branch_is_what_it_is_alone(shallow, key, name):
+    alone = LEAN._replace(**{{"rule": "rules", "loss": "losses"}[key]: (name,)})
+    got = run(shallow, WHOLE, {key: name}, plain=True)["heldout_kl"]
+    np.testing.assert_allclose(
+        got, run(shallow, alone, {key: name}, plain=True)["heldout_kl"], rtol=0.05
+    )
+
+
+@pytest.mark.slow
+def test_a_whole_net_is_learned_together(shallow):
+    stages, stack = chain_stages(shallow.model.chain, shallow.model.shapes, "net")
+    params = stack(shallow.layers)
+    data = shallow.data._replace(saliency=weight_saliency(stages, params, shallow.data.bank[0]))
+    whole = SimpleNamespace(stages=stages, params=params, data=data)
     out = run(whole, LEAN._replace(num_iters=300), {}, joint=True)
-    rtn = run(net, LEAN, {"select": "random", "share": 0.0})
-    assert out["heldout_kl"][0] < rtn["heldout_kl"][0]
+    rtn = divergence(shallow.data.fp[:24], nearest_net(shallow, 2)[:24])
+    assert out["heldout_kl"][0] < rtn
+
+
+@pytest.mark.slow
+def test_a_convolutional_net_is_walked():
     model = cnn((4, 4, 4))
     stages, stack = chain_stages(model.chain, model.shapes)
     params = stack(model.layers(model.init(jax.random.key(1))))
     x = jax.random.uniform(jax.random.key(2), (96, 8, 8, 1))
     fp = forward(stages, params, x[48:])
-    data = Data(x[None, :48], x[48:72], x[72:], fp[24:].argmax(-1), fp,
-                weight_saliency(stages, params, x[:48]))  # fmt: skip
-    conv = SimpleNamespace(stages=stages, params=params, data=data)
-    base = settings("base") | {"count": 48}
-    lane = _lanes([Run("x", base, 8, 3e-2)], 4, 10, jax.random.key(0), ("train",))
-    one = partial(walk, stages, params, data, job=_job(base, LEAN), space=LEAN)
-    out = jax.jit(jax.vmap(lambda ln: one(lane=ln)))(lane)
+    saliency = weight_saliency(stages, params, x[:48])
+    data = Data(x[None, :48], x[48:72], x[72:], fp[24:].argmax(-1), fp, saliency)
+    out = run(SimpleNamespace(stages=stages, params=params, data=data), LEAN, {}, width=8)
     assert out["heldout_kl"][0] < 1e-3
-    assert conv.data is data
