@@ -76,7 +76,7 @@ def state_after(steps, demo_rows, batch_size=8, env=None):
     )
 
 
-@pytest.mark.parametrize("demo_rows", [3, 8])
+@pytest.mark.parametrize("demo_rows", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_minibatch_holds_exactly_its_share_of_demonstrations(demo_rows):
     batch = state_after(5, demo_rows).agent[1]
     from_demos = np.asarray(batch.obs[:, 0] == -1)
