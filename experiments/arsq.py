@@ -82,7 +82,7 @@ CLAIMS = (
     claim("The value head is the soft optimal value: within 0.05 in every state",
           "Q = V + sum of normalised advantages", "chain/value_error", "<=", 0.05, exact=False,
           note="the log holds nearly all joint actions; unseen ones lift V, more at larger alpha"),
-    claim("Control, not in the paper: within 5 points of a critic over all joint actions",
+    claim("Not in the paper: within 5 points of a critic over all joint actions",
           "joint soft Q-learning", "bad_majority/score", ">=", "flat", -5.0),
 )  # fmt: skip
 INDEPENDENT = ("independent", "flat_bins")

@@ -9,7 +9,8 @@ with u_t the output of one MLP for all tokens, so V(s) = alpha logsumexp over al
 holds by construction and the target needs no maximum: y = r + gamma (1 - terminated) V(s').
 
 Where actions were never seen in a state, V is only bounded from below by the seen ones: the unseen
-take the rest of the mass and V drifts up as alpha grows. Keep alpha small.
+take the rest of the mass and V drifts up as alpha grows. Keep alpha small. In control the target feeds on that
+drift and only own experience, or cloning of good demonstrations (lambda_bc), holds it (configs/arsq.py:control).
 
 The network, the loss weights and the constants are our choice where the paper's were not at hand;
 widths, LayerNorm, zero heads, AdamW and the target rate default to the parent's (CQN, arXiv 2407.07787).

