@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qlab.lab.errors import UserError
-from qlab.lab.experiment import Claim, Experiment, Figure, Metric
+from qlab.lab.experiment import Claim, Experiment, Figure, Metric, side_by_side
 from qlab.nn import zoo
 from qlab.quantization import ptq_table as table
 from qlab.quantization.site_study import METRICS as SITE_METRICS
@@ -124,7 +124,7 @@ def build(c) -> Experiment:
         raise UserError(
             f"rounding={c.rounding!r}, rewrite={c.rewrite!r} fits none of the nets {', '.join(c.nets)}"
         )
-    joined = table.side_by_side({label: one_net(c, label) for label in here})
+    joined = side_by_side({label: one_net(c, label) for label in here})
 
     def evaluate(state) -> Mapping[str, Any]:
         values = dict(joined.evaluate(state))

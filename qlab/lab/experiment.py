@@ -66,6 +66,46 @@ class Experiment(NamedTuple, Generic[State]):
         return sum(p.num_steps for p in self.phases)
 
 
+def side_by_side(parts: Mapping[str, Experiment[Any]]) -> Experiment[Any]:
+    """Several Experiments as one: their phases in order, each on its own state {part: state}.
+
+    All begin with the same key, so what they draw from it is paired. The names of their results must differ. One part
+    alone is returned as it is.
+
+    Raises:
+      ValueError: no parts, or one result name from two of them.
+    """
+    if not parts:
+        raise ValueError("side_by_side needs at least one experiment")
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+
+    def own(name: str, p: Phase[Any]) -> Phase[Any]:
+        def step(states: dict[str, Any]):
+            new, metrics = p.step(states[name])
+            return {**states, name: new}, metrics
+
+        return p._replace(name=f"{name} {p.name}", step=step)
+
+    def evaluate(states: dict[str, Any]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for name, part in parts.items():
+            found = part.evaluate(states[name])
+            if twice := sorted(out.keys() & found.keys()):
+                raise ValueError(f"two parts give a result called {twice[0]!r}; name them apart")
+            out |= found
+        return out
+
+    layouts = {part.seed_layout for part in parts.values()}
+    return Experiment(
+        lambda key: {name: part.init(key) for name, part in parts.items()},
+        evaluate,
+        tuple(own(name, p) for name, part in parts.items() for p in part.phases),
+        "vmap" if layouts == {"vmap"} else "map",
+        all(part.jittable for part in parts.values()),
+    )
+
+
 class SupportsExperiment(Protocol):
     """What the runner accepts besides `Experiment`: an object with these four attributes."""
 

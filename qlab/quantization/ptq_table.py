@@ -6,8 +6,7 @@ Mamba's states and C) in 8 bits at least, a ResNet's first and last layer in 8 b
 there: a rewrite of the net or of its norms, grids of its own, the rounding of the weights.
 
 `timed` adds to a study what tables of quantization leave out: seconds per cell without compiling, the
-memory of the program, and the packed net beside the float one. `side_by_side` runs the studies of several nets as
-one Experiment.
+memory of the program, and the packed net beside the float one.
 
 Letters: C = cells, N = samples.
 """
@@ -301,30 +300,6 @@ def _mebibytes(program: Any) -> float:
     if found is None:
         return 0.0
     return (found.temp_size_in_bytes + found.output_size_in_bytes) / 2**20
-
-
-def side_by_side(studies: Mapping[str, Experiment]) -> Experiment[dict[str, Any]]:
-    """Several Experiments as one: their phases after another, each on its own state.
-
-    The names of their metrics must differ. All keep one seed's key: what they draw from it is paired.
-    """
-
-    def at(name: str, phase: Phase) -> Phase:
-        def step(state):
-            new, metrics = phase.step(state[name])
-            return {**state, name: new}, metrics
-
-        return Phase(f"{name} {phase.name}", phase.num_steps, step, phase.loop)
-
-    def evaluate(state):
-        values = [study.evaluate(state[name]) for name, study in studies.items()]
-        return {k: v for d in values for k, v in d.items()}
-
-    phases = tuple(at(name, p) for name, study in studies.items() for p in study.phases)
-    return Experiment(
-        lambda key: {name: study.init(key) for name, study in studies.items()},
-        evaluate, phases, seed_layout="map",
-    )  # fmt: skip
 
 
 def narrowed(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlab.lab.errors import UserError
-from qlab.lab.experiment import Experiment
+from qlab.lab.experiment import Experiment, side_by_side
 from qlab.rl.agent import Agent
 from qlab.rl.arsq import arsq
 from qlab.rl.c2f import ActionGrid
@@ -19,7 +19,7 @@ from qlab.rl.envs import coupled
 from qlab.rl.envs.coupled_control import CONTROL_TASKS
 from qlab.rl.exact import exact_groups
 from qlab.rl.joint_q import joint_q
-from qlab.rl.loop import offline_rl, side_by_side
+from qlab.rl.loop import offline_rl
 from qlab.rl.off_policy import OnlineConfig
 from qlab.rl.sac import sac
 
@@ -96,7 +96,8 @@ def study(c: Any) -> Experiment:
         raise UserError(f"tasks: unknown {unknown[0]!r}; known: {', '.join(known)}")
     if c.agent not in AGENTS:
         raise UserError(f"agent: unknown {c.agent!r}; known: {', '.join(AGENTS)}")
-    of = {
-        make: [n for n in c.tasks if is_control(n) == (make is control)] for make in (logs, control)
+    parts = {"logs": (logs, False), "control": (control, True)}
+    tasks = {
+        name: [n for n in c.tasks if is_control(n) == here] for name, (_, here) in parts.items()
     }
-    return side_by_side([make(c, tasks) for make, tasks in of.items() if tasks])
+    return side_by_side({name: parts[name][0](c, own) for name, own in tasks.items() if own})

@@ -146,26 +146,3 @@ def offline_rl(
 
     phase = Phase("train", num_updates // updates_per_step, step)
     return Experiment(init, evaluate, (phase,))
-
-
-def side_by_side(parts: Sequence[Experiment[Any]]) -> Experiment[Any]:
-    """Experiments with different result names as one: their phases in order, the states in a tuple."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def phase(i: int, p: Phase[Any]) -> Phase[Any]:
-        def step(states: tuple[Any, ...]):
-            new, metrics = p.step(states[i])
-            return (*states[:i], new, *states[i + 1 :]), metrics
-
-        return p._replace(step=step)
-
-    def init(key: jax.Array) -> tuple[Any, ...]:
-        return tuple(part.init(key) for part in parts)
-
-    def evaluate(states: tuple[Any, ...]) -> dict[str, Any]:
-        found = [part.evaluate(s) for part, s in zip(parts, states, strict=True)]
-        return {k: v for out in found for k, v in out.items()}
-
-    phases = tuple(phase(i, p) for i, part in enumerate(parts) for p in part.phases)
-    return Experiment(init, evaluate, phases)

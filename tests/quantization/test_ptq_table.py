@@ -10,7 +10,7 @@ import pytest
 from qlab.configs.ptq_table import get_config
 from qlab.experiments.ptq_table import build, cells
 from qlab.lab.errors import UserError
-from qlab.lab.experiment import Experiment, Phase
+from qlab.lab.experiment import Experiment, Phase, side_by_side
 from qlab.nn import zoo
 from qlab.nn.chain import Layer
 from qlab.nn.dense import dense_net, dense_params
@@ -40,7 +40,6 @@ from qlab.quantization.ptq_table import (
     measure_once,
     narrowed,
     rounding,
-    side_by_side,
     timed,
 )
 from qlab.quantization.qtensor import dequantize
@@ -184,6 +183,9 @@ def test_studies_side_by_side_are_the_studies_alone():
     assert [p.name for p in both.phases] == ["a one", "b two"]
     got = both.evaluate(state)
     np.testing.assert_allclose([got["one"], got["two"]], [u + 2, u + 20], rtol=1e-6)
+    assert side_by_side({"a": one}) is one
+    with pytest.raises(ValueError, match="a result called 'one'"):
+        side_by_side({"a": one, "b": one}).evaluate({"a": u, "b": u})
 
 
 @pytest.fixture(scope="module")
