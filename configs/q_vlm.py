@@ -72,18 +72,18 @@ def get_config(variant: str = "") -> ConfigDict:
     c.alpha = 0.5
     c.repo_batches = 8
     c.arms = {
-        "rtn": {"search": "minmax"},
         "layerwise": {"search": "layerwise"},
-        "fixed_1": {"cut": "fixed", "max_len": 1},
-        "fixed_2": {"cut": "fixed", "max_len": 2},
-        "fixed_3": {"cut": "fixed"},
-        "descent_3": {"cut": "fixed", "exhaustive": 0},
         "entropy": {"premise": True},
+        "fixed_3": {"cut": "fixed"},
         "shuffled": {"cut": "shuffled"},
+        "fixed_1": {"cut": "fixed", "max_len": 1},
         "entropy_encoder": {"encoder_steps": 100},
-        "repo": {"search": "repo"},
+        "rtn": {"search": "minmax"},
         "awq": {"search": "minmax", "rewrite": "awq"},
         "smoothquant": {"search": "token", "rewrite": "smooth"},
+        "fixed_2": {"cut": "fixed", "max_len": 2},
+        "descent_3": {"cut": "fixed", "exhaustive": 0},
+        "repo": {"search": "repo"},
     }
     if variant == "smoke":
         c.update(

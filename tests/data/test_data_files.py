@@ -268,7 +268,9 @@ def test_every_name_has_a_description_and_a_way_to_get_it():
         text = qlab.data.describe(name)
         assert text.startswith(name + "\n  about ")
         used = qlab.data.files(name)
-        assert (used is None) == (name in ("digits", "digits16", "selective_copy"))  # without files
+        assert (used is None) == (
+            name in ("digits", "digits16", "digits_vqa", "selective_copy")
+        )  # without files
         if used:  # nothing is here, so what is shown must be what a download brings
             assert DATASETS[used[0]].urls
             assert "licence" in text
