@@ -37,7 +37,7 @@ def make_agent(c: Any, obs_dim: int, action_dim: int) -> Agent:
         rate = optax.linear_schedule(c.learning_rate, c.final_rate * c.learning_rate, num_updates)
         net = mlp_q(obs_dim, c.hidden, action_dim, slope=0.0)
         learner = double_dqn(
-            net, action_dim, discount=c.discount, learning_rate=rate, double=c.double,
+            net, action_dim, discount=c.discount, n_step=c.n_step, learning_rate=rate, double=c.double,
             target_every=c.target_every, epsilon_decay=c.epsilon_decay, epsilon_final=c.epsilon_final,
         )  # fmt: skip
         return unmasked(learner, action_dim)
@@ -53,7 +53,7 @@ def build(config: Any) -> Experiment:
         c.env,
         env,
         make_agent(c, env.obs_dim, env.action_dim),
-        OnlineConfig(c.discount, 1, c.batch, 1, c.replay_size, c.learning_starts),
+        OnlineConfig(c.discount, 1, c.batch, c.n_step, c.replay_size, c.learning_starts),
         Budget(c.num_steps, c.num_envs, c.round_steps, default.horizon, c.eval_episodes),
         film=True,
         num_seeds=c.seeds,
