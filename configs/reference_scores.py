@@ -12,7 +12,7 @@ instead of 64, targets of three steps instead of one, two environments side by s
 steps instead of 128 updates after 256 steps, the target copied every 128 updates as there, exploration falling
 exponentially.
 
-SAC's first setting stood. DQN's was chosen on root key 1000 (0 is reported) from what one to four seeds ended at: one-step
+SAC's first setting stood. DQN's was chosen on root key 1000 (1 is reported) from what one to four seeds ended at: one-step
 targets at a constant rate of 2.3e-3 306 and 500, of 1e-3 497 and 500, the same with 2 x 128 units 500 and 500. These then
 ended at 374 +- 215 on root key 0, two of five seeds having fallen from near 500. With the falling rate and batch 128: 500,
 483, 292, 500; the third seed with a copy every 32 updates 128, with discount 0.98 and a copy every 64 302. With targets of
@@ -36,7 +36,7 @@ VARIANTS = ("", "smoke", "ablation")
 def get_config(variant: str = "") -> ConfigDict:
     c = base(
         experiment="reference_scores",
-        seed=0,
+        seed=1,
         seeds=5,
         # SAC on Pendulum-v1; the DQN arms below say what differs.
         env="pendulum",  # pendulum, cartpole
