@@ -8,19 +8,23 @@ environments are Gymnasium's equations, rewards and time limits in JAX, tested s
 Same steps, updates (one a step for SAC, one every two for DQN), learning rate (SAC 1e-3), discount, target rate, final
 exploration and start of learning as there. Smaller here: nets of 2 x 64 (SAC) and 2 x 128 units instead of 2 x 256, batch
 128 instead of 256 for SAC. For DQN a learning rate falling linearly from 1e-3 to 0 instead of 2.3e-3 throughout, batch 128
-instead of 64, two environments side by side with an update after each of their steps instead of 128 updates after 256
-steps, the target copied every 128 updates as there, exploration falling exponentially.
+instead of 64, targets of three steps instead of one, two environments side by side with an update after each of their
+steps instead of 128 updates after 256 steps, the target copied every 128 updates as there, exploration falling
+exponentially.
 
-SAC's first setting stood. DQN's was chosen on root key 1000 (0 is reported) from what one to four seeds ended at: rate 2.3e-3
-306 and 500, 2 x 64 units with a copy every 200 updates 326, 2 x 128 units at 1e-3 500 and 500. The last then ended at 374 +-
-215 on root key 0 (two of five seeds had fallen from near 500): a rate that does not fall leaves the score to where training
-happens to stop. With the falling rate and batch 128: TUNED.
+SAC's first setting stood. DQN's was chosen on root key 1000 (1 is reported) from what one to four seeds ended at: one-step
+targets at a constant rate of 2.3e-3 306 and 500, of 1e-3 497 and 500, the same with 2 x 128 units 500 and 500. These then
+ended at 374 +- 215 on root key 0, two of five seeds having fallen from near 500. With the falling rate and batch 128: 500,
+483, 292, 500; the third seed with a copy every 32 updates 128, with discount 0.98 and a copy every 64 302. With targets of
+three steps, which carry values over 100 steps in fewer copies, the third and the second 500 and 500.
 
 Arms: sac, double_dqn and random actions; :ablation adds sac_fixed (temperature 0.2) and dqn (the target net chooses the
 action it values).
 A test is 500 episodes; a seed draws net, exploration, minibatches and all starts.
     python -m qlab.run --config configs/reference_scores.py
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -32,7 +36,7 @@ VARIANTS = ("", "smoke", "ablation")
 def get_config(variant: str = "") -> ConfigDict:
     c = base(
         experiment="reference_scores",
-        seed=0,
+        seed=1,
         seeds=5,
         # SAC on Pendulum-v1; the DQN arms below say what differs.
         env="pendulum",  # pendulum, cartpole
@@ -51,6 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
         # DQN
         final_rate=1.0,  # share of the learning rate at the end
         double=True,
+        n_step=1,  # of a target
         target_every=128,  # updates between two copies of the net
         epsilon_decay=0.9992,
         epsilon_final=0.04,
@@ -59,24 +64,22 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     dqn = dict(
         env="cartpole", agent="dqn", num_steps=50_000, num_envs=2, round_steps=2000,
-        replay_size=50_000, learning_starts=1000, learning_rate=1e-3, hidden=(128, 128), final_rate=0.0,
+        replay_size=50_000, learning_starts=1000, learning_rate=1e-3, hidden=(128, 128), final_rate=0.0, n_step=3,
     )  # fmt: skip
     random = dict(agent="random", num_steps=2000)  # it learns nothing, so steps do not matter
-    c.arms = {
+    arms: dict[str, Any] = {
         "sac": {},
         "double_dqn": dqn,
         "random_pendulum": random,
         "random_cartpole": dqn | random,
     }
     if variant == "ablation":
-        c.arms.sac_fixed = {"temperature": 0.2}
-        c.arms.dqn = dqn | {"double": False}
+        arms |= {"sac_fixed": {"temperature": 0.2}, "dqn": dqn | {"double": False}}
     if variant == "smoke":
         c.update(seeds=2, num_steps=1000, round_steps=500, eval_episodes=4, hidden=(32,))
-        del c.arms["random_cartpole"]
-        c.arms.double_dqn.update(
-            num_steps=2000, round_steps=1000, hidden=(32,), learning_starts=100
-        )
+        del arms["random_cartpole"]
+        arms["double_dqn"] = dqn | dict(num_steps=2000, round_steps=1000, hidden=(32,), learning_starts=100)  # fmt: skip
+    c.arms = arms
     return c
 
 

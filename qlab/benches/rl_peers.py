@@ -313,7 +313,8 @@ def torch_sac(size: Size) -> Loop:
             a2, log_pi2 = sample(b["next_obs"])
             q2 = torch.min(*q_of(targets, b["next_obs"], a2)) - alpha * log_pi2
             y = b["reward"] + size.discount * (1 - b["done"]) * q2
-        loss = sum(((q - y) ** 2).mean() for q in q_of(critics, b["obs"], b["action"] / 2.0))
+        q_0, q_1 = q_of(critics, b["obs"], b["action"] / 2.0)
+        loss = ((q_0 - y) ** 2).mean() + ((q_1 - y) ** 2).mean()
         of_critic.zero_grad()
         loss.backward()
         of_critic.step()

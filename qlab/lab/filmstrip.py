@@ -29,8 +29,8 @@ def frames_of(film: np.ndarray) -> int:
     >>> frames_of(np.array([[[0, 0, 1, 1, 2.0]], [[0, 0, 1, 1, 0]], [[0, 0, 1, 1, 0]]]))
     1
     """
-    shown = (film[..., 4] > 0).any(1)
-    return int(shown.argmin()) if not shown.all() else len(shown)
+    over = np.flatnonzero(~(film[..., 4] > 0).any(1))
+    return int(over[0]) if over.size else len(film)
 
 
 def filmstrip_plot(
