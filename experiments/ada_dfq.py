@@ -80,7 +80,7 @@ def build(c) -> Experiment:
     family, size = zoo.model(r.kind, r.widths), ResNetSize(*r.widths)
     images = zoo.examples(r.dataset)
     shape = images.x_test.shape[1:]
-    test = (images.x_val, images.y_val) if c.split == "val" else (images.x_test, images.y_test)
+    test = images.held_out(c.split)
     x_test, y_test = map(jnp.asarray, test)
     gen = generator(
         GeneratorSize(shape[0], shape[2], size.classes, c.latent, tuple(c.gen_widths), c.gen_labels)

@@ -125,7 +125,7 @@ def build(c) -> Experiment:
         model.shapes,
         nets,
         images.x_train,
-        (images.x_val, images.y_val) if c.split == "val" else (images.x_test, images.y_test),
+        images.held_out(c.split),
         tasks(c),
         method(c),
         target=c.target,

@@ -122,7 +122,7 @@ def net_of(c) -> Net:
 
 def build(c) -> Experiment:
     images = zoo.examples(zoo.recipe(c.net).dataset)
-    test = (images.x_val, images.y_val) if c.split == "val" else (images.x_test, images.y_test)
+    test = images.held_out(c.split)
     closed = {
         "gptq": methods.gptq(damp=c.damp),
         "decoupleq": decoupleq(target="fp"),

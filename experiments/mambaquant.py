@@ -97,7 +97,7 @@ def build(c) -> Experiment:
     size = MambaSize(*r.widths)._replace(parts=tuple(sorted(need)))
     net = zoo.model(r.kind, tuple(size))
     set_ = zoo.examples(r.dataset)
-    x, y = (set_.x_val, set_.y_val) if c.split == "val" else (set_.x_test, set_.y_test)
+    x, y = set_.held_out(c.split)
 
     def nets(key: jax.Array):
         params = zoo.train(c.net, key)[1]

@@ -119,7 +119,7 @@ def build(c) -> Experiment:
     r = zoo.recipe(c.net)
     family = zoo.model(r.kind, r.widths)
     images = zoo.examples(r.dataset)
-    test = (images.x_val, images.y_val) if c.split == "val" else (images.x_test, images.y_test)
+    test = images.held_out(c.split)
     widths = [[int(bits) for bits in name[1:].split("a")] for name in c.cells]
     cells = [Cell(name, w, a) for name, (w, a) in zip(c.cells, widths, strict=True)]
     blocks = c.method == "blocks"

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from qlab.lab.errors import UserError
@@ -97,7 +96,7 @@ def one_net(c, label: str) -> Experiment:
     m = method(c)
     f = table.family(c.nets[label], c.twin_strengths, m.rewrite)
     set_ = zoo.examples(zoo.recipe(c.nets[label]).dataset)
-    test = (set_.x_val, set_.y_val) if c.split == "val" else (set_.x_test, set_.y_test)
+    test = set_.held_out(c.split)
     made = cells(c, label)
     study = site_study(
         f.net, f.nets, set_.x_train, test, made, num_calibration=c.num_calibration, vary=c.vary,
@@ -132,7 +131,7 @@ def build(c) -> Experiment:
             for name in c.cells:
                 for metric in ("accuracy", "kl", "flips", "seconds"):
                     found = [values[f"{label}_{name}/{metric}"] for label in here]
-                    values[f"mean_{name}/{metric}"] = jnp.stack(jax.tree.leaves(found)).mean()
+                    values[f"mean_{name}/{metric}"] = jnp.stack(found).mean()
         return values
 
     return joined._replace(evaluate=evaluate)

@@ -105,7 +105,7 @@ def build(c) -> Experiment:
             return smooth(c.alpha)
         return awq(w_bits, group=c.group, calibration=c.weight_grid)
 
-    test = (set_.x_val, set_.y_val) if c.split == "val" else (set_.x_test, set_.y_test)
+    test = set_.held_out(c.split)
     return vlm_study(
         zoo.model(r.kind, r.widths), lambda key: zoo.train(c.net, key)[1], set_.x_train, test,
         cells(c.cells), options, questions=tuple(QUESTIONS), links=LINKS,

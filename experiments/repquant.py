@@ -126,7 +126,7 @@ def build(c) -> Experiment:
         reconstruction=c.reconstruction, target=c.target, damp=c.damp, num_iters=c.num_iters,
         learning_rate=c.learning_rate, max_bits=max(cell.w_bits for cell in table), **grid,
     )  # fmt: skip
-    test = (images.x_val, images.y_val) if c.split == "val" else (images.x_test, images.y_test)
+    test = images.held_out(c.split)
     study = site_study(
         net, nets, images.x_train, test, table, method,
         num_calibration=c.num_calibration, vary=c.vary,

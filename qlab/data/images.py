@@ -30,6 +30,10 @@ class Classification(NamedTuple):
     def num_classes(self) -> int:
         return int(max(self.y_train.max(), self.y_val.max(), self.y_test.max())) + 1
 
+    def held_out(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """(x, y) to judge on: of validation for "val" (to tune), else of test."""
+        return (self.x_val, self.y_val) if split == "val" else (self.x_test, self.y_test)
+
     def flat(self) -> "Classification":
         """The same set with every image as one row: f32[N, H*W*C]."""
 

@@ -23,7 +23,7 @@ from jax.core import Tracer
 from qlab import ops
 from qlab.nn.sites import FLOAT, Block, BlockNet, Group, Params, Run, capture, pick
 from qlab.quantization.activations import Affine, Record, fake
-from qlab.quantization.grid import Grid, calibrate, nearest_codes
+from qlab.quantization.grid import Grid, calibrate, nearest_qtensor
 from qlab.quantization.methods import gptq_layer
 from qlab.quantization.qtensor import QTensor, dequantize
 
@@ -243,7 +243,7 @@ def nearest_weight(*, granularity: str = "channel", max_bits: int = 8, **options
     def weight(i: SiteInput):
         assert i.w is not None  # weight methods are asked at products only
         grid = weight_grid(i.w, i.bits, granularity, max_bits, options)
-        return grid.qtensor(nearest_codes(i.w, grid), i.w.shape), jnp.zeros(())
+        return nearest_qtensor(i.w, grid), jnp.zeros(())
 
     return weight
 

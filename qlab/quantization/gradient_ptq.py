@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qlab.quantization.grid import calibrate, nearest_codes
+from qlab.quantization.grid import calibrate, nearest_qtensor
 from qlab.quantization.importance import ig_importance
 from qlab.quantization.learn_unit import Learned, Unit, learn
 from qlab.quantization.methods import Method
@@ -239,7 +239,7 @@ def nearest_weights(stages: Stages, params: Sequence[Any], bits) -> tuple[Any, .
 
     def one(w):
         g = calibrate(w, bits, False, max_bits=MAX_BITS, calibration="shares")
-        return dequantize(g.qtensor(nearest_codes(w, g), w.shape))
+        return dequantize(nearest_qtensor(w, g))
 
     return jax.tree.map(jax.vmap(one), stacked_weights(stages, params))
 

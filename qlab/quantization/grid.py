@@ -61,7 +61,7 @@ def grid_of(qt: QTensor, bits) -> Grid:
 
     >>> w = jnp.array([[0.0, 1.0, 3.0]])
     >>> grid = make_grid(w, 2, calibration="minmax")
-    >>> grid_of(grid.qtensor(nearest_codes(w, grid), w.shape), 2).q_max.tolist()
+    >>> grid_of(nearest_qtensor(w, grid), 2).q_max.tolist()
     3.0
     """
     if qt.zero is None or qt.offset is not None:
@@ -76,6 +76,11 @@ def nearest_codes(w: jax.Array, grid: Grid) -> jax.Array:
     if grid.zero is not None:
         q = q + expand(grid.zero, w.shape)
     return jnp.clip(q, grid.q_min, grid.q_max)
+
+
+def nearest_qtensor(w: jax.Array, grid: Grid) -> QTensor:
+    """w f32[out, in] rounded to nearest on the grid."""
+    return grid.qtensor(nearest_codes(w, grid), w.shape)
 
 
 def search_affine(x, bits: int, axis: int | None, *, p: float = 2.4, n_grid: int = 100):

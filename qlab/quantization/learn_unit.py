@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from qlab.quantization.grid import nearest_codes
+from qlab.quantization.grid import nearest_qtensor
 from qlab.quantization.ptq_stages import SiteInfo
 from qlab.quantization.qtensor import dequantize
 from qlab.quantization.recon_losses import Aux, recon_loss
@@ -92,7 +92,7 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
     for j, s in enumerate(names):
         grid = on[s].grid
         u = on[s].t / grid.scale
-        t_rtn[s] = dequantize(grid.qtensor(nearest_codes(on[s].t, grid), on[s].t.shape))
+        t_rtn[s] = dequantize(nearest_qtensor(on[s].t, grid))
         gain = unit.saliency[s] * (on[s].values(t_rtn[s], unit.w[s]) - unit.w[s]) ** 2
         drawn = jnp.roll(table, 104729 * (j + 1))[: u.size].reshape(u.shape)
         mask[s] = selection(lane, unit.w[s], u - jnp.floor(u), gain, drawn)
@@ -191,6 +191,17 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
         noise = jax.scipy.special.ndtri(u)
         return x + lane.noise * spread * noise, x_fp
 
+    def weights(p, hard: bool):
+        """{site: what the rule in use makes of p}."""
+        return {
+            s: _choose(
+                job.rule,
+                [lambda a, r, v=v, s=s: rounded(v, s, hard, a, r) for v in variables],
+                p[s]["a"], p[s]["r"],
+            )
+            for s in names
+        }  # fmt: skip
+
     def body(carry, at):
         vector, state = carry
         i, drawn = at
@@ -205,14 +216,7 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
         y = target(x, x_fp)
         p = unravel(vector)
         t = i / space.num_iters
-        w_soft = {
-            s: _choose(
-                job.rule,
-                [lambda a, r, v=v, s=s: rounded(v, s, False, a, r) for v in variables],
-                p[s]["a"], p[s]["r"],
-            )
-            for s in names
-        }  # fmt: skip
+        w_soft = weights(p, hard=False)
         value, (g_w, g) = _choose(
             job.loss,
             [lambda *args, i=i: loss_and_grads(i, *args) for i in range(len(losses))],
@@ -244,18 +248,8 @@ def learn(unit: Unit, lane: Lane, job: Job, space: Space) -> Learned:
     (vector, _), _ = jax.lax.scan(body, (vector, optimizer.init(vector)), (steps, draws))
     p = unravel(vector)
 
-    def final(hard: bool):
-        return {
-            s: _choose(
-                job.rule,
-                [lambda a, r, v=v, s=s: rounded(v, s, hard, a, r) for v in variables],
-                p[s]["a"], p[s]["r"],
-            )
-            for s in names
-        }  # fmt: skip
-
-    hard, b_hat = deployed(final(True), p)
-    soft, _ = deployed(final(False), p)
+    hard, b_hat = deployed(weights(p, hard=True), p)
+    soft, _ = deployed(weights(p, hard=False), p)
     # nothing to gain: nearest stays (the logarithm would chase an error of 0)
     done = error <= EXACT
     hard = {s: jnp.where(done, w_rtn[s], hard[s]) for s in names}

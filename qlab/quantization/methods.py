@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from qlab.quantization.gptq import LADDER, gptq_solve, layer_problem
-from qlab.quantization.grid import Grid, nearest_codes
+from qlab.quantization.grid import Grid, nearest_codes, nearest_qtensor
 from qlab.quantization.qtensor import QTensor, dequantize
 from qlab.quantization.reconstruct import reconstruct_steps
 from qlab.quantization.rounding import RoundingRule
@@ -129,10 +129,7 @@ def nearest() -> Method:
 
     def hard(carry, unit):
         del carry
-        q = [
-            g.qtensor(nearest_codes(w, g), w.shape) for w, g in zip(unit.w, unit.grid, strict=True)
-        ]
-        return tuple(q), jnp.zeros(())
+        return tuple(map(nearest_qtensor, unit.w, unit.grid)), jnp.zeros(())
 
     def round_(carry, unit, key, i):
         del key, i

@@ -29,7 +29,7 @@ from qlab.quantization.blocks import (
     WeightMethod,
     quantize_block,
 )
-from qlab.quantization.grid import calibrate, nearest_codes
+from qlab.quantization.grid import calibrate, nearest_qtensor
 from qlab.quantization.qtensor import dequantize
 from qlab.quantization.transforms import Transform, affine_norm, smooth_scale
 
@@ -86,7 +86,7 @@ def awq(w_bits, *, group: int = 0, candidates: int = 20, calibration: str = "sha
         def error(alpha):
             w = i.w * scale(alpha)
             grid = calibrate(w, w_bits, False, max_bits=8, calibration=calibration, group=size)  # type: ignore[arg-type]
-            off = (dequantize(grid.qtensor(nearest_codes(w, grid), w.shape)) - w) / scale(alpha)
+            off = (dequantize(nearest_qtensor(w, grid)) - w) / scale(alpha)
             return ((off @ gram) * off).sum()
 
         alphas = jnp.arange(candidates) / candidates

@@ -40,7 +40,7 @@ from qlab.quantization.blocks import (
     quantize_block,
 )
 from qlab.quantization.bn_statistics import correct_inputs
-from qlab.quantization.grid import Grid, calibrate, grid_of, nearest_codes
+from qlab.quantization.grid import Grid, calibrate, grid_of, nearest_qtensor
 from qlab.quantization.methods import squared_error
 from qlab.quantization.qtensor import dequantize
 from qlab.quantization.quantize_net import QuantizedNet, quantize_net
@@ -313,7 +313,7 @@ def _nearest(stacked: Params, w_bits, wide, max_bits: int, grid_options) -> Para
     def rounded(site, kernel):
         most = wide.get(site, max_bits)
         grid = calibrate(kernel.T, wide.get(site, w_bits), False, max_bits=most, **grid_options)
-        return dequantize(grid.qtensor(nearest_codes(kernel.T, grid), kernel.T.shape)).T
+        return dequantize(nearest_qtensor(kernel.T, grid)).T
 
     return {
         site: v | {"kernel": jax.vmap(lambda k, s=site: rounded(s, k))(v["kernel"])}

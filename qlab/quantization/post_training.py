@@ -28,7 +28,7 @@ import numpy as np
 
 from qlab.lab.experiment import Experiment, Phase
 from qlab.nn.chain import Chain, Layer, affine, forward
-from qlab.quantization.grid import Grid, calibrate, nearest_codes
+from qlab.quantization.grid import Grid, calibrate, nearest_codes, nearest_qtensor
 from qlab.quantization.methods import Method, Unit, squared_error
 from qlab.quantization.qtensor import QTensor, dequantize
 from qlab.quantization.tasks import Task, storage, variance_split
@@ -149,7 +149,7 @@ def post_training(
             w = tuple(pick(j, 0) for j in range(len(first)))
             b = tuple(pick(j, 1) for j in range(len(first)))
             grid = tuple(make_grids(a, bits, shared) for a in w)
-            blank = jax.vmap(jax.vmap(method.blank or _nearest))
+            blank = jax.vmap(jax.vmap(method.blank or nearest_qtensor))
             q = tuple(blank(a, g) for a, g in zip(w, grid, strict=True))
             here = jax.tree.map(lambda a: a[:, 0], (w, grid))
             carry = jax.jit(jax.vmap(method.init))(*here, keys)
@@ -210,7 +210,7 @@ def post_training(
             b_q = method.biases(carry) if method.biases else b
             y_hat = unit_forward(tuple(map(dequantize, q)), x_q, b_q)
             y_near = unit_forward(
-                tuple(dequantize(_nearest(a, c)) for a, c in zip(w, grid, strict=True)), x_q
+                tuple(dequantize(nearest_qtensor(a, c)) for a, c in zip(w, grid, strict=True)), x_q
             )
             error = jnp.stack([squared_error(y_hat, y), squared_error(y_near, y)])
             put = partial(
@@ -305,7 +305,3 @@ def post_training(
 def _gather(nets, units, position: int, field: int) -> jax.Array:
     """f32[T, n, ...]: a field (0 = w, 1 = b) of the layer at a position of each unit, per task."""
     return jnp.stack([jnp.stack([net[unit[position]][field] for unit in units]) for net in nets])
-
-
-def _nearest(w: jax.Array, grid: Grid) -> QTensor:
-    return grid.qtensor(nearest_codes(w, grid), w.shape)

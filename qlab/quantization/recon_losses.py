@@ -8,6 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qlab.quantization.methods import squared_error
+from qlab.quantization.site_study import divergence
+
 EPS = 1e-12  # under the logarithm of an error that may be 0
 
 
@@ -27,7 +30,7 @@ Loss = Callable[[jax.Array, jax.Array, Aux], jax.Array]
 
 
 def _l2(y, y_q, aux):
-    return ((y_q - y) ** 2).sum(-1).mean()
+    return squared_error(y_q, y)
 
 
 def _l1(y, y_q, aux):
@@ -49,8 +52,7 @@ def _cosine(y, y_q, aux):
 def _kl(y, y_q, aux):
     """KL(softmax of the float logits || of the quantized ones), the rest of the net being float."""
     logits = aux.logits or (lambda a: a)
-    log_p, log_q = jax.nn.log_softmax(logits(y)), jax.nn.log_softmax(logits(y_q))
-    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+    return divergence(logits(y), logits(y_q))
 
 
 def _activation(y, y_q, aux):

@@ -48,7 +48,7 @@ from qlab.quantization.blocks import (
     gptq_weight,
     nearest_weight,
 )
-from qlab.quantization.grid import calibrate, nearest_codes
+from qlab.quantization.grid import calibrate, nearest_qtensor
 from qlab.quantization.norm_links import Fit, LinkInput, Rewrite, linked
 from qlab.quantization.qtensor import Ties, clip_ste, dequantize, round_ste
 from qlab.quantization.quantile_ranges import (
@@ -366,6 +366,6 @@ def weight_error(params: Params, links: Sequence[Link], bits, **grid_options: An
     for site in (site for norm, consumers in links if norm in params for site in consumers):
         w = params[site]["kernel"].T
         grid = calibrate(w, bits, False, max_bits=8, **grid_options)
-        w_hat = dequantize(grid.qtensor(nearest_codes(w, grid), w.shape))
+        w_hat = dequantize(nearest_qtensor(w, grid))
         errors.append(((w_hat - w) ** 2).sum() / jnp.maximum((w**2).sum(), 1e-30))
     return jnp.stack(errors).mean()

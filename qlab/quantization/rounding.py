@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qlab.quantization.grid import Grid, nearest_codes
+from qlab.quantization.grid import Grid, nearest_qtensor
 from qlab.quantization.qtensor import QTensor, clip_ste, expand, round_ste
 
 
@@ -70,6 +70,6 @@ def rtn() -> RoundingRule:
 
     def hard(v, w, grid):
         del v
-        return grid.qtensor(nearest_codes(w, grid), w.shape)
+        return nearest_qtensor(w, grid)
 
     return RoundingRule(init, soft, hard, no_reg)

@@ -5,7 +5,6 @@ Letters: E = environments side by side.
 
 from __future__ import annotations
 
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from qlab.lab.experiment import Experiment, Phase
 from qlab.rl.agent import Agent
 from qlab.rl.envs.drawings import filmed
 from qlab.rl.envs.env import Env
+from qlab.rl.loop import task_key
 from qlab.rl.off_policy import OnlineConfig, off_policy
 from qlab.rl.rollout import episode_scores
 
@@ -81,12 +81,9 @@ def control_study(
 
     loop = off_policy(env_step, agent, config, num_seeds=num_seeds)
 
-    def task_key(key: jax.Array) -> jax.Array:
-        return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-
     @jax.jit
     def init(key: jax.Array):
-        key = task_key(key)
+        key = task_key(key, name)
         starts = jax.random.split(jax.random.fold_in(key, 2), b.num_envs)
         states, obs = jax.vmap(env.reset)(starts)
         scored = Scored(states, jnp.zeros(b.num_envs), jnp.float32(0), jnp.int32(0))

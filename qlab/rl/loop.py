@@ -43,9 +43,18 @@ class GroupState(NamedTuple):
     score_sums: dict[str, Any]
 
 
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+def task_key(key: jax.Array, name: str) -> jax.Array:
+    """A task's key: it hangs on the name only, so that arms and subsets of the tasks share it."""
+    return jax.random.fold_in(key, _number(name))
+
+
 def task_keys(key: jax.Array, names: Sequence[str]) -> jax.Array:
-    """key[G]: a task's key hangs on its name only, so that arms and subsets of the tasks share it."""
-    ids = jnp.asarray([zlib.crc32(n.encode()) & 0x7FFFFFFF for n in names], jnp.int32)
+    """key[G]: `task_key` of several."""
+    ids = jnp.asarray([_number(n) for n in names], jnp.int32)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
 
 

@@ -7,7 +7,6 @@ same program as the learner it is compared with. Demonstrations may fill a fixed
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from qlab.lab.errors import UserError
 from qlab.lab.experiment import Experiment, Phase
 from qlab.rl.agent import Agent, Transition
+from qlab.rl.loop import task_key
 from qlab.rl.replay import check_fits, replay_bytes
 from qlab.rl.windows import Windows, window_ready, window_sample, windows_add, windows_init
 
@@ -191,7 +191,7 @@ def online_rl(tasks: Mapping[str, OnlineTask], episodes: int, round_episodes: in
 
     def start(name: str) -> Callable[[jax.Array], Any]:
         def init(key: jax.Array) -> Any:
-            key = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+            key = task_key(key, name)
             task = tasks[name]
             return task.loop.init(key, *task.reset(jax.random.fold_in(key, 2)), task.learns)
 

@@ -29,3 +29,23 @@ def params(net):
 
     shapes = jax.eval_shape(net.init, jax.random.key(0))
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="session")
+def draw_resnet():
+    """family -> params of a net with batch norms, drawn in NumPy, as family.init takes seconds to compile."""
+
+    def drawn(family):
+        rng = np.random.default_rng(4)
+
+        def draw(path, a):
+            noise = rng.standard_normal(a.shape).astype(np.float32)
+            name = path[-1].key
+            if name == "kernel":
+                return jax.numpy.asarray(noise / a.shape[-2] ** 0.5)
+            return jax.numpy.asarray(0.1 * noise + (name in ("scale", "var")))
+
+        shapes = jax.eval_shape(family.init, jax.random.key(0))
+        return jax.tree_util.tree_map_with_path(draw, shapes)
+
+    return drawn

@@ -199,18 +199,8 @@ def family():
 
 
 @pytest.fixture(scope="module")
-def teacher(family):
-    """Drawn in NumPy, as family.init takes seconds to compile."""
-    rng = np.random.default_rng(4)
-
-    def draw(path, a):
-        noise = rng.standard_normal(a.shape).astype(np.float32)
-        name = path[-1].key
-        if name == "kernel":
-            return jnp.asarray(noise / a.shape[-2] ** 0.5)
-        return jnp.asarray(0.1 * noise + (name in ("scale", "var")))
-
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(family.init, jax.random.key(0)))
+def teacher(family, draw_resnet):
+    return draw_resnet(family)
 
 
 @pytest.fixture(scope="module")
