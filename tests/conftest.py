@@ -1,4 +1,4 @@
-"""Shared fixtures, and which tests run: of the slow ones all with --slow, else an eighth that rotates by day;
+"""Shared fixtures, and which tests run: of the slow ones all with --slow, else a twelfth that rotates by day;
 of all a rotating Nth with --share N."""
 
 import datetime
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
 def days_between(item, fast):
     """In how many days a test runs once; 0: not at all."""
     if "slow" in item.keywords:
-        return 0 if fast else 8
+        return 0 if fast else 12
     mark = item.get_closest_marker("rotates")
     return mark.args[0] if mark else 1
 

@@ -191,6 +191,7 @@ def _is_key(x):
     return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+@pytest.mark.rotates(2)
 @all_subjects
 def test_jits_and_does_not_compile_twice(subject):
     traces = []
@@ -208,6 +209,7 @@ def test_jits_and_does_not_compile_twice(subject):
     chex.assert_trees_all_close(as_arrays(first), as_arrays(eager), rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.rotates(2)
 @all_subjects
 def test_vmaps(subject):
     both = jax.tree.map(lambda *x: jnp.stack(x), *subject.xs)

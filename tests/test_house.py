@@ -191,6 +191,7 @@ def test_nothing_names_a_machine_or_an_index():
 DOCTESTED = [m for p, m in sources().items() if ">>> " in p.read_text()]
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize("module", DOCTESTED)
 def test_doctests(module):
     done = doctest.testmod(
