@@ -148,6 +148,13 @@ def gptq_layer(
       w: f32[out, in]. x_q, x_fp: f32[..., in], its inputs behind the quantized and the float net.
     """
     w_star, h = layer_problem(w, x_q, x_fp, damp)
+    return gptq_codes(w, w_star, h, grid, damp=damp, act_order=act_order)
+
+
+def gptq_codes(
+    w, w_star, h, grid: Grid, *, damp: float = 0.01, act_order: bool = True
+) -> tuple[QTensor, jax.Array]:
+    """w_star f32[out, in] rounded by GPTQ under h f[in, in]; w rounded to nearest where no damping helps. As `gptq_layer`."""
     offset = jnp.zeros_like(grid.scale) if grid.zero is None else -grid.scale * grid.zero
     perm = jnp.argsort(-jnp.diagonal(h)) if act_order else None
     codes, rung = gptq_solve(

@@ -53,7 +53,8 @@ def minmax(per: Per = "tensor") -> Observer:
 
     def init(num):
         shape = () if per == "tensor" else (num,)
-        return jnp.full(shape, jnp.inf), jnp.full(shape, -jnp.inf)
+        # not weakly typed: a fold's second step would compile again
+        return jnp.full(shape, jnp.inf, jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32)
 
     def update(state, x, mask=None):
         rows, keep = _rows(x, mask)
@@ -127,9 +128,7 @@ def histogram() -> Observer:
 
     def init(num):
         del num
-        return Histogram(
-            jnp.zeros(BINS), jnp.int32(-126), jnp.full((), jnp.inf), jnp.full((), -jnp.inf)
-        )
+        return Histogram(jnp.zeros(BINS), jnp.int32(-126), *minmax().init(1))
 
     def needed(peak):
         """Least k with |x| < half 2^k for all |x| <= peak."""

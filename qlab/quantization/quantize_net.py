@@ -41,9 +41,7 @@ def quantize_net(
       around: the method takes an Around as its last argument. beside: what that is to hold, per group, the n blocks
         first.
     """
-    for name, bits in (("w_bits", w_bits), ("a_bits", a_bits)):
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-            raise UserError(f"{name}={bits!r}; a width from 2 to 8 is expected")
+    check_widths(w_bits, a_bits)
     for leaf in jax.tree.leaves(x):
         if not jnp.size(leaf) or not bool(jnp.isfinite(leaf).all()):
             raise UserError("calibration inputs are empty or not finite; pass a few real samples")
@@ -65,6 +63,13 @@ def quantize_net(
             failed = failed + fallbacks
         made.append(jax.tree.map(lambda *a: jnp.stack(a), *blocks))
     return QuantizedNet(tuple(made), failed)
+
+
+def check_widths(w_bits: int, a_bits: int) -> None:
+    """Raises UserError unless both are whole numbers from 2 to 8."""
+    for name, bits in (("w_bits", w_bits), ("a_bits", a_bits)):
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise UserError(f"{name}={bits!r}; a width from 2 to 8 is expected")
 
 
 @partial(jax.jit, static_argnums=(0, 1))
