@@ -55,6 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
         eval_states=100,
         block=50,  # instances per timed call
         instance_seed=2021,
+        probe_states=4096,  # of a domain, at most; their exact costs are compared with the heuristic
         # Training.
         net="h",  # h, q, q_taken, q_bootstrap, none
         widths=(128, 128),

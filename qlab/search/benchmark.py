@@ -17,6 +17,7 @@ import numpy as np
 
 from qlab.lab.errors import UserError
 from qlab.lab.experiment import Experiment, Metric, Phase
+from qlab.search.calibration import Probe, calibration
 from qlab.search.driver import search_many
 from qlab.search.learning import Learner
 from qlab.search.problem import SOLVED, STATUS, Problem, SearchResult
@@ -33,6 +34,8 @@ METRICS = {
     "cost": Metric("", "lower", "mean cost of the solved instances"),
     "cost_gap": Metric("%", "lower", "mean cost above the exact optimum, solved instances"),
     "optimal": Metric("%", "higher", "instances solved at the optimal cost"),
+    "h_error": Metric("", "lower", "mean |heuristic - exact cost-to-go| over the domain's states"),
+    "h_over": Metric("%", "lower", "of these states overestimated: there the heuristic is not admissible"),
     "generated_growth": Metric("x", "lower", "generated nodes, last of a series over its first"),
     "time_growth": Metric("s", "lower", "time, last of a series over its first (unit s: a clock reading)"),
     "slope": Metric("", "lower", "growth of the mean cost along a series, instances solved everywhere"),
@@ -67,6 +70,7 @@ class Task(NamedTuple):
       options: keyword arguments of `search_many`.
       net: label of the task whose net this one uses; "" for its own.
       solve: (problem, heuristic, starts, key, **options) -> SearchResult, in place of `search_many`.
+      probe: states with exact costs that its heuristic is compared with in the end; None: is not.
     """
 
     label: str
@@ -79,6 +83,7 @@ class Task(NamedTuple):
     options: dict[str, Any]
     net: str = ""
     solve: Callable[..., SearchResult] = search_many
+    probe: Probe | None = None
 
 
 def search_benchmark(
@@ -131,8 +136,7 @@ def search_benchmark(
     def search_step(state):
         at = int(state["next"])
         task, first = blocks[at]
-        learned = state["learn"].get(task.net or task.label)
-        heuristic = task.heuristic(None if learned is None else learned.params)
+        heuristic = heuristic_of(task, state)
         starts = state["starts"][task.label][first : first + block]
         key = jax.random.fold_in(state["key"], at)
 
@@ -170,10 +174,26 @@ def search_benchmark(
     phases.append(Phase("search", len(blocks), search_step, loop="host"))
     return Experiment(
         init=init,
-        evaluate=lambda state: summary(tasks, state, slopes),
+        evaluate=lambda state: {**summary(tasks, state, slopes), **calibrations(tasks, state)},
         phases=tuple(phases),
         jittable=False,
     )
+
+
+def heuristic_of(task: Task, state: dict[str, Any]) -> Any:
+    """What `search` takes, with the net as it is trained by now."""
+    learned = state["learn"].get(task.net or task.label)
+    return task.heuristic(None if learned is None else learned.params)
+
+
+def calibrations(tasks: Sequence[Task], state: dict[str, Any]) -> dict[str, np.ndarray]:
+    """`calibration` of every task with a probe, its names behind the task's."""
+    return {
+        f"{t.label}/{name}": np.asarray(value)
+        for t in tasks
+        if t.probe is not None
+        for name, value in calibration(t.problem, heuristic_of(t, state), t.probe).items()
+    }
 
 
 def costs(state: dict[str, Any], label: str) -> np.ndarray:
