@@ -20,7 +20,7 @@ from qlab.lab.experiment import Experiment, Metric, Phase
 from qlab.search.calibration import Probe, calibration
 from qlab.search.driver import search_many
 from qlab.search.learning import Learner
-from qlab.search.problem import SOLVED, STATUS, Problem, SearchResult
+from qlab.search.problem import NODE_LIMIT, SOLVED, Problem, SearchResult
 
 MAX_TASKS = 2**20  # keys below belong to the tasks' learners
 COUNTS = ("num_generated", "num_net_inputs", "num_iters", "max_open", "cost", "status")
@@ -41,7 +41,8 @@ METRICS = {
     "slope": Metric("", "lower", "growth of the mean cost along a series, instances solved everywhere"),
     "slope_ratio": Metric("x", "lower", "slope over that of the other series, instances solved everywhere"),
     "slope_on": Metric("%", "higher", "instances solved everywhere in both series"),
-    **{s: Metric("%", "lower", f"searches that ended as {s}") for s in STATUS[SOLVED + 1 :]},
+    "node_limit": Metric("%", "lower", "searches that met the limit of generated nodes"),
+    "failed": Metric("%", "lower", "searches that ended otherwise without a goal: no room, nothing left to open, NaN"),
 }  # fmt: skip
 
 
@@ -254,6 +255,8 @@ def summary(
             "time": r["wall"].mean(),
             "solved": 100 * solved.mean(),
             "cost": cost[solved].mean() if solved.any() else np.nan,
+            "node_limit": 100 * (r["status"] == NODE_LIMIT).mean(),
+            "failed": 100 * (~np.isin(r["status"], (SOLVED, NODE_LIMIT))).mean(),
         }
         for name, known in state["known"][t.label].items():
             known = np.asarray(known, np.float64)
@@ -264,9 +267,6 @@ def summary(
             ratio = cost[both] / known[both]
             scalars["cost_gap"] = 100 * (ratio.mean() - 1) if both.any() else np.nan
             scalars["optimal"] = 100 * (cost == known).mean()
-        for code in range(SOLVED + 1, len(STATUS)):
-            if (r["status"] == code).any():
-                scalars[STATUS[code]] = 100 * (r["status"] == code).mean()
         out |= {f"{t.label}/{k}": v for k, v in scalars.items()}
         if t.series:
             rows.setdefault(t.series, []).append(

@@ -12,6 +12,7 @@ from qlab.lab.errors import UserError
 from qlab.search import nets
 from qlab.search.domains import domain, exact
 from qlab.search.learning import learner, q_target, sample
+from qlab.search.problem import EXHAUSTED, NODE_LIMIT, SOLVED
 
 
 def linear_q(table):
@@ -185,6 +186,19 @@ def test_training_repeats_bit_for_bit_from_the_middle():
             np.testing.assert_array_equal(x, y)
     first, last = (s["learn"]["lightsout4_a16"].params["head"]["w"] for s in (states[0], states[6]))
     assert np.abs(first - last).max() > 0
+
+
+def test_seeds_give_the_same_names_however_their_searches_end():
+    module, config = study("smoke", eval_states=4, block=2)
+    exp = module.build(arm(config, "qstar"))
+    state = exp.init(jax.random.key(0))
+    found = []
+    for ends in ([SOLVED] * 4, [SOLVED, NODE_LIMIT, EXHAUSTED, SOLVED]):
+        state["result"]["puzzle8_a4"]["status"] = jnp.asarray(ends)
+        found.append(exp.evaluate(state))
+    assert set(found[0]) == set(found[1])
+    shares = [[f[f"puzzle8_a4/{k}"] for k in ("solved", "node_limit", "failed")] for f in found]
+    assert shares == [[100, 0, 0], [50, 25, 25]]
 
 
 @pytest.mark.parametrize(
