@@ -15,8 +15,12 @@ states, updates and step size for all. Labels are exact: h*(s), or Q*(s, a) for 
 for one drawn action, as in the paper's loss; then Q falls behind at many actions). qstar_bootstrap has no
 labels: target c + min Q_target of one drawn action, copied when the loss falls below a threshold.
 Arms: astar and astar_deferred (edges at the parent's h: one generated node a pop without a Q; the
-baseline to watch) with the h-net; qstar; astar_minq (h = min Q); greedy (w = 0, h-net); admissible
+baseline to watch) with the h-net; qstar; astar_minq (h = min Q, which is not 0 at a goal, so that goals are
+popped late); greedy (w = 0, h-net); admissible
 (Manhattan distance / depth, lit cells / 5 / depth).
+In the end each heuristic (min Q for qstar) is averaged over the states at each exact cost: all of Lights Out,
+some 3000 of the 8-puzzle, drawn evenly over costs. h_error and h_over are its mean absolute error and share
+of overestimates over all states but the goal, the drawn ones weighted for them.
 Generated nodes are counted in one place for all arms: duplicates and illegal moves count, the root does not.
 What to keep in mind: with an optimum near two macro-actions, A* on Lights Out cannot generate fewer than
 about 1300 nodes at 696 actions and a perfect Q needs two, so the ratio measures how well a small net ranks
@@ -55,6 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
         eval_states=100,
         block=50,  # instances per timed call
         instance_seed=2021,
+        probe_states=4096,  # of a domain, at most; their exact costs are compared with the heuristic
         # Training.
         net="h",  # h, q, q_taken, q_bootstrap, none
         widths=(128, 128),

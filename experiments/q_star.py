@@ -17,6 +17,7 @@ from qlab.lab.errors import UserError
 from qlab.lab.experiment import Claim, Experiment, Figure
 from qlab.search import nets
 from qlab.search.benchmark import METRICS, Instances, Task, search_benchmark
+from qlab.search.calibration import probe
 from qlab.search.domains import domain, exact
 from qlab.search.learning import learner
 
@@ -67,6 +68,7 @@ def make_task(c: Any, name: str, depth: int) -> Task:
             "node_limit": c.node_limit, "max_nodes": max_nodes, "max_rows": max_rows,
             "lookahead": c.lookahead and c.mode != "astar", "prune_stale": c.prune_stale,
         },
+        probe=None if d.states is None else probe(d, c.probe_states, c.instance_seed),
     )  # fmt: skip
 
 
@@ -111,6 +113,7 @@ def _claims(name: str, few: int, most: int) -> tuple[Claim, ...]:
 
 
 CLAIMS = _claims("lightsout4", 16, 696) + _claims("puzzle8", 4, 52)
+HEURISTICS = ("astar", "qstar", "qstar_bootstrap", "admissible")  # the other arms use one of theirs
 FIGURES = (
     *(
         Figure(f"{title}: {what}", "line", f"{name}_{y}", f"{name}_at", "actions", unit, True, True)
@@ -118,5 +121,10 @@ FIGURES = (
         for what, y, unit in (("generated nodes", "generated", "nodes"), ("time", "wall", "s a search"))
     ),
     Figure("Cost above the optimum", "bars", "cost_gap", ylabel="%"),
+    Figure("Heuristic against exact cost", "line", "learned", "exact", "exact cost", "mean over states",
+           arms=HEURISTICS, diagonal=True),
+    Figure("Spread of the heuristic at one exact cost", "line", "spread", "exact", "exact cost",
+           "standard deviation", arms=HEURISTICS),
+    Figure("States overestimated", "bars", "h_over", ylabel="%", arms=HEURISTICS),
     Figure("Training of the heuristic nets", "curve", "loss", logy=True),
 )  # fmt: skip

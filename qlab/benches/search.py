@@ -5,12 +5,16 @@ so that no search ends before its node limit:
     qlab       qlab.search: expansion, hash table, priority queue, heuristic
     expansion  the same expansion alone, children taken as the next parents: the bound
     python     A* with heapq and a dict, one state at a time
+    deepxube   its own batched search, where it is installed
 A generated node is a child made from a popped entry; four an expansion in A*, moves against the rim
 included, for all contestants. The parts are timed alone on the table and queue of a running search.
+Two further comparisons: many instances in one program against one by one (`search_together`), and Q* against
+A* at several sizes of the action space (`search_growth`).
 """
 
 from __future__ import annotations
 
+import gc
 import heapq
 import time
 from collections.abc import Callable
@@ -20,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlab.benches import search_parts
+from qlab.benches import search_growth, search_parts, search_peers, search_together
+from qlab.benches.kernel_peers import Absent
 from qlab.benches.measure import Number, Sample, Tell, find, interleave, ratio
 from qlab.lab.experiment import Claim, Figure, Metric
 from qlab.search import driver
@@ -44,6 +49,7 @@ METRICS = {
     "best_per_s": Metric("1/s", "higher", "generated_per_s at the best batch size"),
     "of_expansion": Metric("times", "higher", "generated_per_s over that of expansion alone"),
     "of_python": Metric("times", "higher", "generated_per_s over that of plain Python"),
+    "of_deepxube": Metric("times", "higher", "generated_per_s over that of deepxube"),
     "stored_per_s": Metric("1/s", "higher", "distinct states a second"),
     "search_ns": Metric("ns", "lower", "a generated node in a search"),
     "search_cpu_ns": Metric(
@@ -57,19 +63,34 @@ METRICS = {
     "pop_ns": Metric("ns", "lower", "of it: taking the best entries out"),
     "push_ns": Metric("ns", "lower", "of it: writing entries, every child taken as new"),
     "first_call_s": Metric("s", "lower", "tracing and compiling a search"),
+    "searches_per_s": Metric("1/s", "higher", "instances solved a second"),
+    "of_one_by_one": Metric(
+        "times", "higher", "searches_per_s over that of one search after another"
+    ),
+    "generated": Metric("nodes", "lower", "states made by a search, mean over instances"),
+    "solve_ms": Metric("ms", "lower", "a search, mean over instances"),
+    "solved": Metric("%", "higher", "instances solved within the node limit"),
+    "nodes_over_qstar": Metric("times", "higher", "generated over that of Q*"),
+    "time_over_qstar": Metric("times", "higher", "solve_ms over that of Q*"),
 }
-GOALS = tuple(
-    Claim(
-        f"{mode} generates at least 2 million nodes a second",
-        "goal",
-        ("qlab", f"{mode}/best_per_s"),
-        ">=",
-        2e6,
-        note="at the best batch size",
-    )
-    for mode in ("astar", "qstar")
+FIGURES = (
+    Figure("Generated nodes a second", "bars", "generated_per_s", ylabel="1/s", logy=True),
+    Figure("A* over Q* by actions: nodes", "bars", "nodes_over_qstar", ylabel="times"),
+    Figure("A* over Q* by actions: time", "bars", "time_over_qstar", ylabel="times"),
 )
-FIGURES = (Figure("Generated nodes a second", "bars", "generated_per_s", ylabel="1/s", logy=True),)
+
+
+def goals(s: dict[str, Any]) -> tuple[Claim, ...]:
+    """Nodes a second at the best batch size, and over deepxube at the largest of those it is timed at."""
+    wanted = (
+        ("generates at least 2 million nodes a second", "best_per_s", 2e6, "", "at the best batch size"),
+        ("generates at least 50 times as fast as deepxube", "of_deepxube", 50.0, f"_b{max(s['peer_batches'])}", ""),
+    )  # fmt: skip
+    return tuple(
+        Claim(f"{mode} {text}", "goal", ("qlab", f"{mode}{at}/{name}"), ">=", bound, note=note)
+        for text, name, bound, at, note in wanted
+        for mode in s["modes"]
+    )
 
 
 def settings(quick: bool) -> dict[str, Any]:
@@ -81,6 +102,12 @@ def settings(quick: bool) -> dict[str, Any]:
         "max_nodes": 1 << (20 if quick else 22),
         "run_s": 0.7 if quick else 2.0,
         "python_nodes": 100_000 if quick else 1_000_000,
+        "peer_batches": (1000,) if quick else (1000, 10_000),
+        "peer_nodes": 40_000 if quick else 400_000,
+        "together": ("short",) if quick else search_together.CASES,
+        "instances": 100,
+        "macro_depths": () if quick else (1, 2, 3),
+        "updates": 2000,
         "repetitions": 3 if quick else 5,
         "budget_s": 6.0 if quick else 60.0,
     }
@@ -189,6 +216,24 @@ def python_astar(start: np.ndarray, node_limit: int) -> tuple[int, int, int]:
     return generated, len(best), -1
 
 
+def peer(plan: Plan, start: np.ndarray, node_limit: int) -> Callable[[], Sample]:
+    """deepxube at the plan's mode and batch. Raises Absent."""
+    run = search_peers.deepxube(
+        plan.mode, np.asarray(manhattan(N)).reshape(N * N, N * N), plan.batch
+    )
+
+    def sample() -> Sample:
+        gc.collect()  # the objects of its last search are not this one's to count
+        begun = time.perf_counter()
+        generated, stored, cost = run(start, node_limit)
+        took = time.perf_counter() - begun
+        if cost >= 0:
+            raise RuntimeError(f"deepxube solved an unsolvable state at cost {cost}")
+        return {"generated_per_s": generated / took, "stored_per_s": stored / took}
+
+    return sample
+
+
 def searching(p: Any, plan: Plan, start: np.ndarray) -> tuple[Callable[[int], Sample], float]:
     """(node_limit -> one timed search, seconds of tracing and compiling)."""
     h, state = heuristic(plan.mode), jnp.asarray(start)[None]
@@ -229,6 +274,13 @@ def measure(s: dict[str, Any], tell: Tell) -> list[Number]:
         rates = [n for n in of_mode if n.arm == "qlab" and n.name.endswith("/generated_per_s")]
         best = max(rates, key=lambda n: n.median)
         numbers += [*of_mode, best._replace(name=f"{mode}/best_per_s")]
+    repeated = s["repetitions"], s["budget_s"] / 4
+    for case in s["together"]:
+        tell(f"search: {s['instances']} {case} searches in one program")
+        numbers += search_together.measure(case, s["instances"], *repeated)
+    for depth in s["macro_depths"]:
+        tell(f"search: Q* against A*, macro-actions of up to {depth}")
+        numbers += search_growth.measure(depth, s["updates"], s["instances"], *repeated)
     return numbers
 
 
@@ -248,12 +300,18 @@ def one_size(p: Any, plan: Plan, start: np.ndarray, s: dict[str, Any]) -> list[N
         return {"generated_per_s": generated / took, "stored_per_s": stored / took}
 
     ways = {"qlab": lambda: search(limit), "expansion": lambda: alone(iters)}
+    absent: list[Number] = []
     if plan.mode == "astar":
         ways["python"] = python
-    numbers = interleave(ways, s["repetitions"], s["budget_s"])
-    numbers.append(ratio(numbers, "qlab", "expansion", "generated_per_s", "of_expansion"))
-    if plan.mode == "astar":
-        numbers.append(ratio(numbers, "qlab", "python", "generated_per_s", "of_python"))
+    if plan.batch in s["peer_batches"]:
+        try:
+            ways["deepxube"] = peer(plan, start, s["peer_nodes"])
+        except Absent as e:
+            absent.append(Number("deepxube", "generated_per_s", status="absent", note=str(e)))
+    numbers = interleave(ways, s["repetitions"], s["budget_s"]) + absent
+    for other in ("expansion", "python", "deepxube"):
+        if any(n.arm == other for n in numbers):
+            numbers.append(ratio(numbers, "qlab", other, "generated_per_s", f"of_{other}"))
     numbers.append(Number("qlab", "first_call_s", (first_s,)))
     if plan.batch in s["parts"] and plan.mode in s["part_modes"]:
         numbers += search_parts.measure(p, plan, heuristic(plan.mode), start, s["repetitions"])
@@ -279,4 +337,14 @@ def summary(numbers: list[Number]) -> str:
     python = [n for n in numbers if n.arm == "python" and n.name.endswith("generated_per_s")]
     if python:
         texts.append(f"plain Python {np.median([n.median for n in python]) / 1e6:.2f} M/s")
-    return ", ".join(texts) + " generated"
+    said = [", ".join(texts) + " generated"]
+    words = {
+        "of_deepxube": "times deepxube",
+        "of_one_by_one": "times one by one",
+        "nodes_over_qstar": "times the nodes of Q* by A*",
+    }
+    for n in numbers:
+        task, _, metric = n.name.rpartition("/")
+        if metric in words and n.values:
+            said.append(f"{task} {n.median:.3g} {words[metric]}")
+    return "; ".join(said)

@@ -184,7 +184,8 @@ class Figure(NamedTuple):
 
     kind "curve": the step metric `y` from metrics.jsonl over steps, mean and band over seeds, a line an arm.
     kind "bars":  the result metric `y` over tasks, a bar an arm, 95 % interval whiskers.
-    kind "line":  the named array `y` against the named array `x` from evaluate, a line an arm.
+    kind "line":  the named array `y` against the named array `x` from evaluate, a line an arm; with `diagonal`
+                  also the line y = x (on linear axes).
     kind "heatmap": the named 2-D array `y`, one panel an arm (mean over seeds).
     kind "circuit": the named array `y` f[G, 6] of the first seed, see qlab.lab.circuit_plot.
     kind "profile": the result metric `y` over all its tasks together: the share of runs above a value, with bootstrap
@@ -204,3 +205,4 @@ class Figure(NamedTuple):
     logy: bool = False
     arms: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
+    diagonal: bool = False

@@ -91,9 +91,8 @@ def figure_plots(
         lines = {a: line for a in names if (line := array_line(arrays.get(a, {}), name, x))}
         if lines:
             labels["xlabel"] = figure.xlabel or figure.x
-            drawn.append(
-                plots.lines_plot(title, lines, style, logx=figure.logx, logy=figure.logy, **labels)
-            )
+            scales = {"logx": figure.logx, "logy": figure.logy, "diagonal": figure.diagonal}
+            drawn.append(plots.lines_plot(title, lines, style, **scales, **labels))
     if not drawn:
         return [], f"{figure.title}: no arm wrote an array {figure.y} that fits a {figure.kind}"
     more = len(found) - MAX_TASKS

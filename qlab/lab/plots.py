@@ -64,6 +64,7 @@ def lines_plot(
     logy: bool = False,
     markers: bool = False,
     xticks: Sequence[str] = (),
+    diagonal: bool = False,
 ) -> Plot:
     """A line an arm with its band; names beside the lines while they fit, else in the legend."""
     direct = 1 < len(lines) <= MAX_LABELS and max(map(len, lines)) <= 18
@@ -72,6 +73,8 @@ def lines_plot(
 
     def draw(ax: Any) -> None:
         ends = []
+        if diagonal:
+            ax.axline((0, 0), slope=1, color=MUTED, linewidth=0.8, zorder=0, gid="diagonal")
         for i, (arm, line) in enumerate(lines.items()):
             colour, dash = style[arm]
             few = markers or line.x.size <= 2
@@ -112,7 +115,8 @@ def lines_plot(
         if direct:
             _label_ends(ax, ends, style)
 
-    note = "" if bands else "Bands are left out with this many lines."
+    note = "The thin grey line is y = x. " * diagonal
+    note += "" if bands else "Bands are left out with this many lines."
     ends = {arm: line.mean[-1] if line.mean.size else math.nan for arm, line in lines.items()}
     drawing, alt = _draw(draw, title, WIDTH, HEIGHT, right), _alt(title, ends, "ends at")
     return Plot(title, drawing, _legend(lines, style), alt, note, labelled=direct)

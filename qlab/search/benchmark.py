@@ -17,9 +17,10 @@ import numpy as np
 
 from qlab.lab.errors import UserError
 from qlab.lab.experiment import Experiment, Metric, Phase
+from qlab.search.calibration import Probe, calibration
 from qlab.search.driver import search_many
 from qlab.search.learning import Learner
-from qlab.search.problem import SOLVED, STATUS, Problem, SearchResult
+from qlab.search.problem import NODE_LIMIT, SOLVED, Problem, SearchResult
 
 MAX_TASKS = 2**20  # keys below belong to the tasks' learners
 COUNTS = ("num_generated", "num_net_inputs", "num_iters", "max_open", "cost", "status")
@@ -33,12 +34,15 @@ METRICS = {
     "cost": Metric("", "lower", "mean cost of the solved instances"),
     "cost_gap": Metric("%", "lower", "mean cost above the exact optimum, solved instances"),
     "optimal": Metric("%", "higher", "instances solved at the optimal cost"),
+    "h_error": Metric("", "lower", "mean |heuristic - exact cost-to-go| over the domain's states"),
+    "h_over": Metric("%", "lower", "of these states overestimated: there the heuristic is not admissible"),
     "generated_growth": Metric("x", "lower", "generated nodes, last of a series over its first"),
     "time_growth": Metric("s", "lower", "time, last of a series over its first (unit s: a clock reading)"),
     "slope": Metric("", "lower", "growth of the mean cost along a series, instances solved everywhere"),
     "slope_ratio": Metric("x", "lower", "slope over that of the other series, instances solved everywhere"),
     "slope_on": Metric("%", "higher", "instances solved everywhere in both series"),
-    **{s: Metric("%", "lower", f"searches that ended as {s}") for s in STATUS[SOLVED + 1 :]},
+    "node_limit": Metric("%", "lower", "searches that met the limit of generated nodes"),
+    "failed": Metric("%", "lower", "searches that ended otherwise without a goal: no room, nothing left to open, NaN"),
 }  # fmt: skip
 
 
@@ -67,6 +71,7 @@ class Task(NamedTuple):
       options: keyword arguments of `search_many`.
       net: label of the task whose net this one uses; "" for its own.
       solve: (problem, heuristic, starts, key, **options) -> SearchResult, in place of `search_many`.
+      probe: states with exact costs that its heuristic is compared with in the end; None: is not.
     """
 
     label: str
@@ -79,6 +84,7 @@ class Task(NamedTuple):
     options: dict[str, Any]
     net: str = ""
     solve: Callable[..., SearchResult] = search_many
+    probe: Probe | None = None
 
 
 def search_benchmark(
@@ -131,8 +137,7 @@ def search_benchmark(
     def search_step(state):
         at = int(state["next"])
         task, first = blocks[at]
-        learned = state["learn"].get(task.net or task.label)
-        heuristic = task.heuristic(None if learned is None else learned.params)
+        heuristic = heuristic_of(task, state)
         starts = state["starts"][task.label][first : first + block]
         key = jax.random.fold_in(state["key"], at)
 
@@ -170,10 +175,26 @@ def search_benchmark(
     phases.append(Phase("search", len(blocks), search_step, loop="host"))
     return Experiment(
         init=init,
-        evaluate=lambda state: summary(tasks, state, slopes),
+        evaluate=lambda state: {**summary(tasks, state, slopes), **calibrations(tasks, state)},
         phases=tuple(phases),
         jittable=False,
     )
+
+
+def heuristic_of(task: Task, state: dict[str, Any]) -> Any:
+    """What `search` takes, with the net as it is trained by now."""
+    learned = state["learn"].get(task.net or task.label)
+    return task.heuristic(None if learned is None else learned.params)
+
+
+def calibrations(tasks: Sequence[Task], state: dict[str, Any]) -> dict[str, np.ndarray]:
+    """`calibration` of every task with a probe, its names behind the task's."""
+    return {
+        f"{t.label}/{name}": np.asarray(value)
+        for t in tasks
+        if t.probe is not None
+        for name, value in calibration(t.problem, heuristic_of(t, state), t.probe).items()
+    }
 
 
 def costs(state: dict[str, Any], label: str) -> np.ndarray:
@@ -234,6 +255,8 @@ def summary(
             "time": r["wall"].mean(),
             "solved": 100 * solved.mean(),
             "cost": cost[solved].mean() if solved.any() else np.nan,
+            "node_limit": 100 * (r["status"] == NODE_LIMIT).mean(),
+            "failed": 100 * (~np.isin(r["status"], (SOLVED, NODE_LIMIT))).mean(),
         }
         for name, known in state["known"][t.label].items():
             known = np.asarray(known, np.float64)
@@ -244,9 +267,6 @@ def summary(
             ratio = cost[both] / known[both]
             scalars["cost_gap"] = 100 * (ratio.mean() - 1) if both.any() else np.nan
             scalars["optimal"] = 100 * (cost == known).mean()
-        for code in range(SOLVED + 1, len(STATUS)):
-            if (r["status"] == code).any():
-                scalars[STATUS[code]] = 100 * (r["status"] == code).mean()
         out |= {f"{t.label}/{k}": v for k, v in scalars.items()}
         if t.series:
             rows.setdefault(t.series, []).append(

@@ -240,6 +240,23 @@ def test_array_line(y, x, want):
     assert line.mean.tolist() == ([2, 4] if y == "v" else [0, 1, 2])
 
 
+def test_a_line_may_stand_against_the_diagonal(tmp_path):
+    for diagonal in (False, True):
+        shown = (Figure("Of n", "line", "accuracy_of_n", "n", diagonal=diagonal),)
+        run = make_run(tmp_path / str(diagonal), seeds=2, figures=shown)
+        assert ("grey line is y = x" in Page(pages.write_page(run).read_text()).words) is diagonal
+    line = Line(np.arange(1.0, 4.0), *[np.array([4.0, 2.0, 5.0])] * 3)
+    made = plots.lines_plot("t", {"a": line}, plots.styles(["a"]), diagonal=True).svg
+
+    def points(mark):
+        path = re.search(mark + r'"[^>]*><path d="([^"]+)"', made)
+        return np.array(re.findall(r"[ML] (\S+) (\S+)", path[1]), float)
+
+    (a, b), (_, through, _) = points("diagonal"), points("arm-0-0")
+    u, v = b - a, through - a  # the arm's middle point is (2, 2)
+    assert abs(u[0] * v[1] - u[1] * v[0]) < 1e-3 * np.hypot(*u)
+
+
 def test_figures_that_cannot_be_drawn_say_why(tmp_path):
     shown = (
         Figure("Missing", "line", "nothing"),

@@ -12,6 +12,7 @@ from qlab.lab.errors import UserError
 from qlab.search import nets
 from qlab.search.domains import domain, exact
 from qlab.search.learning import learner, q_target, sample
+from qlab.search.problem import EXHAUSTED, NODE_LIMIT, SOLVED
 
 
 def linear_q(table):
@@ -162,6 +163,7 @@ def test_smoke_arms_are_optimal_and_count_deterministically():
                 np.testing.assert_array_equal(a[key], b[key])
         assert a["puzzle8_a4/cost_gap"] == 0
         assert a["puzzle8_a4/solved"] == 100
+        assert a["puzzle8_a4/h_error"] == a["puzzle8_a4/h_over"] == 0
         costs[name] = a["puzzle8_a4/generated"]
     assert costs["qstar"] < costs["astar_deferred"] < costs["astar"]
 
@@ -184,6 +186,41 @@ def test_training_repeats_bit_for_bit_from_the_middle():
             np.testing.assert_array_equal(x, y)
     first, last = (s["learn"]["lightsout4_a16"].params["head"]["w"] for s in (states[0], states[6]))
     assert np.abs(first - last).max() > 0
+
+
+def test_seeds_give_the_same_names_however_their_searches_end():
+    module, config = study("smoke", eval_states=4, block=2)
+    exp = module.build(arm(config, "qstar"))
+    state = exp.init(jax.random.key(0))
+    found = []
+    for ends in ([SOLVED] * 4, [SOLVED, NODE_LIMIT, EXHAUSTED, SOLVED]):
+        state["result"]["puzzle8_a4"]["status"] = jnp.asarray(ends)
+        found.append(exp.evaluate(state))
+    assert set(found[0]) == set(found[1])
+    shares = [[f[f"puzzle8_a4/{k}"] for k in ("solved", "node_limit", "failed")] for f in found]
+    assert shares == [[100, 0, 0], [50, 25, 25]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("astar", nets.h_value), ("qstar_bootstrap", nets.min_q)]
+)
+def test_the_study_compares_the_trained_heuristic_with_exact_costs(name, value):
+    module, config = study(
+        "", domain=("lightsout4",), macro_depth=(2,), train_steps=3, eval_states=2, block=2
+    )
+    exp = module.build(arm(config, name))
+    state, step = exp.init(jax.random.key(3)), jax.jit(exp.phases[0].step)
+    for _ in range(3):
+        state, _ = step(state)
+    out = exp.evaluate(state)
+    d = domain("lightsout4", 2)
+    h = value(state["learn"]["lightsout4_a136"].params, jax.vmap(d.problem.encode)(d.states))
+    h, depth = np.asarray(h, np.float64), np.asarray(d.distance(d.states))
+    want = [h[depth == k].mean() for k in range(1, 5)]
+    np.testing.assert_array_equal(out["lightsout4_a136/exact"], np.arange(5))
+    np.testing.assert_allclose(out["lightsout4_a136/learned"][1:], want, rtol=1e-4, atol=1e-5)
+    error = np.abs(h - depth)[depth > 0].mean()
+    np.testing.assert_allclose(out["lightsout4_a136/h_error"], error, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -220,3 +257,4 @@ def test_full_variants_build_and_take_a_step(variant, depth):
     out = exp.evaluate(exp.phases[-1].step(state)[0])
     label = {"full": "cube3_a1884", "puzzle15": "puzzle15_a4"}[variant]
     assert 0 < out[f"{label}/generated"] < 600
+    assert f"{label}/learned" not in out  # no exact costs
