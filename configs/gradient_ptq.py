@@ -30,7 +30,6 @@ options and steps. A seed draws the trained net, the calibration and held-out im
 A range grows with the number of options and is never 0: compare it with that of r. Spread_rest leaves out each axis'
 worst option, as one bad option (plain SGD, powers of two at two bits) decides the range. Claims (i) are read both ways.
 
-Not measured yet at standard scale.
     python -m qlab.run --config configs/gradient_ptq.py
     python -m qlab.run --config configs/gradient_ptq.py --arms mlp --config.num_iters=1000
 """
