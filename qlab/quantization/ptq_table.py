@@ -59,6 +59,7 @@ from qlab.quantization.site_study import State as StudyState
 
 ROUNDING = ("rtn", "mse", "gptq", "decoupleq", *RULES)
 BLOCKS = ("brecq", "qdrop", "pd_quant")  # learn a block with its activation steps; on batch norms
+LAMB_C = 0.02  # of distribution correction, the divisor of PD-Quant's published code
 REWRITES = ("none", "smooth", "repquant", "mambaquant")
 PACKED = ("float_time", "packed_time", "packed_gap")
 MAMBA_SMOOTH, MAMBA_ROTATE = ("s2", "s4", "s5", "s7"), ("r1", "r2", "r4", "r5")
@@ -232,7 +233,8 @@ def _block_arm(f: Family, m: Method, max_w_bits: int) -> dict[str, Any]:
     def around(key: jax.Array, name: str, x):
         # the twin's norms are those of the plain net: it rescales what lies behind them
         del name
-        inputs = correct_inputs(net, params(key), x, n=m.dc_steps if whole else 0)
+        steps = m.dc_steps if whole else 0
+        inputs = correct_inputs(net, params(key), x, lamb_c=LAMB_C, n=steps)
         return beside(inputs, share, share)
 
     return {"method": method, "around": True, "beside": around, "wide": f.wide}
