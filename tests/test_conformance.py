@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from qlab.lab import checkpoint, registry
+from qlab.lab import config as configs
+from qlab.lab.experiment import as_experiment
 from qlab.quantization import QUANTIZERS, ROUNDING_RULES, make_grid
 from qlab.quantum import ESTIMATORS, noisy_expval, zn
 from qlab.quantum.circuits import circuit
@@ -256,6 +258,15 @@ def test_state_survives_save_and_restore(subject, tmp_path):
     )
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize("paper", registry.names())
+def test_every_arm_builds(paper):
+    """Between the days on which the smoke studies below run."""
+    loaded = configs.load(f"{paper}:smoke")
+    build = registry.experiment(loaded.config.experiment).build
+    for arm in loaded.config.arms:
+        assert as_experiment(build(configs.arm_config(loaded.config, arm))).init
 
 
 @pytest.mark.slow

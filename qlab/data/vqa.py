@@ -47,6 +47,10 @@ class VQA(NamedTuple):
     x_test: dict[str, np.ndarray]
     y_test: np.ndarray
 
+    def held_out(self, split: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """(x, y) to judge on: of validation for "val" (to tune), else of test."""
+        return (self.x_val, self.y_val) if split == "val" else (self.x_test, self.y_test)
+
 
 def digits_vqa() -> VQA:
     """DigitsVQA: 1,797 pictures of digits, 5 questions each, split as `digits` is (1200 / 240 / 357 pictures).
