@@ -141,8 +141,10 @@ def pick(stacked: Any, i) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False), stacked)
 
 
-def capture(block: Block, params: Params, x: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """(output, {site: its input}) of a block; sites stand in the order in which they run."""
+def capture(
+    block: Block, params: Params, x: Any, run: Run = FLOAT
+) -> tuple[Any, dict[str, jax.Array]]:
+    """(output, {site: its input, before `run` rounds it}) of a block; sites stand in the order in which they run."""
     seen: dict[str, jax.Array] = {}
 
     def note(site: str, x: jax.Array) -> jax.Array:
@@ -151,8 +153,12 @@ def capture(block: Block, params: Params, x: Any) -> tuple[Any, dict[str, jax.Ar
         seen[site] = x
         return x
 
-    run = Run(lambda site, layer, x: layer(note(site, x)), note)
-    return block(params, x, run), seen
+    noted = Run(
+        lambda site, layer, x: run.linear(site, layer, note(site, x)),
+        lambda site, x: run.operand(site, note(site, x)),
+        run.weight,
+    )
+    return block(params, x, noted), seen
 
 
 class Site(NamedTuple):

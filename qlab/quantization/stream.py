@@ -206,18 +206,8 @@ def _block(
 
 def _input(block: Block, site: str, q: QuantizedBlock, x: Any) -> jax.Array:
     """The input of a site behind the sites quantized so far, on its own grid if that is known; the rest is not run."""
-    plain, seen = fake_run(q), {}
-
-    def linear(name, layer, x):
-        seen.setdefault(name, x)
-        return plain.linear(name, layer, x)
-
-    def operand(name, x):
-        seen.setdefault(name, x)
-        return plain.operand(name, x)
-
-    block(q.params, x, Run(linear, operand, plain.weight))
-    return plain.operand(site, seen[site])
+    run = fake_run(q)
+    return run.operand(site, capture(block, q.params, x, run)[1][site])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
