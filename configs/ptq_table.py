@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from qlab.lab.config import base, grid
 
-VARIANTS = ("", "smoke", "full")
+VARIANTS = ("", "smoke", "vlm", "full")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -56,6 +56,25 @@ def get_config(variant: str = "") -> ConfigDict:
         "brecq": 1e-1,
         "qdrop": 1e-1,
         "pd_quant": 1e-1,
+        "gradient": 3e-2,
+    }
+    # of the gradient-based arm, see configs/gradient_ptq.py
+    c.recipe = {
+        "rule": "sigmoid",
+        "loss": "l2",
+        "optimizer": "adam",
+        "schedule": "cosine",
+        "reg_weight": 10.0,
+    }
+    # of AdaDFQ, see configs/ada_dfq.py
+    c.data_free = {
+        "num_steps": 1000,
+        "warmup": 300,
+        "range_steps": 300,
+        "rate_q": 1e-3,
+        "gen_widths": (32, 16),
+        "pixel_mean": (0.306,),
+        "pixel_std": (0.376,),
     }
     c.step_rate = 2e-3  # of activation steps
     c.damp = 0.01  # GPTQ's
@@ -76,17 +95,31 @@ def get_config(variant: str = "") -> ConfigDict:
         "brecq": {"rounding": "brecq"},
         "qdrop": {"rounding": "qdrop"},
         "pd_quant": {"rounding": "pd_quant"},
+        "gradient": {"rounding": "gradient"},
+        "ada_dfq": {"rounding": "ada_dfq", "cells": ("w4a4", "w4a4_twin")},
     }
     if variant == "smoke":
         c.update(seeds=1, cells=("w4a4",), num_calibration=32)
         c.nets = ConfigDict({"mlp": "digits_shallow", "vit": "digits_vit_small"})
         for arm in set(c.arms) - {"rtn", "gptq"}:
             del c.arms[arm]
+    if variant == "vlm":
+        c.update(cells=("w4a4", "w4a8", "w4a4_twin"), num_calibration=16)
+        c.nets = ConfigDict({"vlm": "digits_vlm"})
+        c.twin_strengths = ConfigDict({"vlm": 2.5})
+        for arm in ("repquant", "mambaquant", "brecq", "qdrop", "pd_quant", "ada_dfq"):
+            del c.arms[arm]
+        c.arms["q_vlm"] = ConfigDict({"rounding": "q_vlm"})
     if variant == "full":
         widths = ("w2", "w3", "w4", "w4a8", "w4a4", "w8a8")
         c.update(seeds=10, num_iters=2000, num_calibration=256, dc_steps=500)
         c.cells = tuple(f"{w}{twin}" for twin in ("", "_twin") for w in widths)
+        c.nets["vlm"], c.twin_strengths["vlm"] = "digits_vlm", 2.5
         c.arms["lrq"] = ConfigDict({"rounding": "lrq"})
+        # AdaDFQ and Q-VLM round activations
+        both = tuple(cell for cell in c.cells if "a" in cell)
+        c.arms["ada_dfq"]["cells"] = both
+        c.arms["q_vlm"] = ConfigDict({"rounding": "q_vlm", "cells": both})
     return c
 
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from qlab import data
 from qlab.lab.errors import UserError
 from qlab.lab.experiment import Claim, Experiment, Figure, Metric, side_by_side
 from qlab.nn import zoo
 from qlab.quantization import ptq_table as table
 from qlab.quantization.site_study import METRICS as SITE_METRICS
-from qlab.quantization.site_study import Cell, site_study
+from qlab.quantization.site_study import site_study
+from qlab.quantization.timed_study import measure_once, timed
+from qlab.quantization.whole_net import (
+    ada_dfq_quantizer,
+    data_free_net,
+    q_vlm_quantizer,
+    whole_study,
+)
 
 __all__ = ["CLAIMS", "FIGURES", "METRICS", "build"]
-FLOAT_BITS = 32  # activations of a weight-only cell: the identity
 OURS = "ours: the methods' own papers use other nets, data and budgets"
 ONE_BY_ONE = ("adaround", "adaquant", "flexround")  # learned product by product
 GENERAL = ("gptq", "decoupleq", *ONE_BY_ONE)
@@ -69,27 +76,22 @@ FIGURES = (
 )  # fmt: skip
 
 
-def cells(c, label: str) -> list[Cell]:
-    """The table of names such as "w3", "w4a4" or "w4a4_twin", for one net."""
-    made = []
-    for name in c.cells:
-        found = re.fullmatch(r"w([2-8])(?:a([2-8]))?(_twin)?", name)
-        if not found:
-            raise UserError(
-                f'cells: {name!r}; names such as "w3", "w4a4", "w4a4_twin" are expected'
-            )
-        w, a, twin = found.groups()
-        net = "twin" if twin else "plain"
-        made.append(Cell(f"{label}_{name}", int(w), int(a or FLOAT_BITS), net))
-    return made
-
-
 def method(c) -> table.Method:
     rate = c.rates.get(c.rounding, 0.0)
     return table.Method(
         c.rounding, c.rewrite, c.num_iters, c.batch_size, rate, c.step_rate, c.damp, c.dc_steps,
-        c.num_search,
+        c.num_search, table.Recipe(**c.recipe),
     )  # fmt: skip
+
+
+def whole(c, f: table.Family, net: str):
+    """(net, nets, how to prepare) of a method that works on the whole net at once."""
+    if c.rounding == "q_vlm":
+        return f.net, f.nets, q_vlm_quantizer(f.net)
+    assert f.norms is not None
+    r, wide = zoo.recipe(net), tuple(f.wide.items())
+    shape = data.load(r.dataset).x_test.shape[1:]
+    return *f.norms, ada_dfq_quantizer(data_free_net(r.widths, shape, wide=wide, **c.data_free))
 
 
 def one_net(c, label: str) -> Experiment:
@@ -97,15 +99,19 @@ def one_net(c, label: str) -> Experiment:
     f = table.family(c.nets[label], c.twin_strengths, m.rewrite)
     set_ = zoo.examples(zoo.recipe(c.nets[label]).dataset)
     test = set_.held_out(c.split)
-    made = cells(c, label)
-    study = site_study(
-        f.net, f.nets, set_.x_train, test, made, num_calibration=c.num_calibration, vary=c.vary,
-        **table.arm(f, m),
-    )  # fmt: skip
-    measure = table.measure_once(f, made, jnp.asarray(test[0])) if c.time_packed else None
-    run = table.timed(study, made, measure)
+    made = table.cells(c.cells, label)
+    common = {"num_calibration": c.num_calibration, "vary": c.vary}
+    if m.rounding in table.WHOLE:
+        net, nets, prepare = whole(c, f, c.nets[label])
+        return whole_study(net, nets, set_.x_train, test, made, prepare, wide=f.wide, **common)
+    study = site_study(f.net, f.nets, set_.x_train, test, made, **common, **table.arm(f, m))
+    measure = None
+    if c.time_packed:
+        measure = measure_once(f.net, made, jax.tree.map(jnp.asarray, test[0]), f.wide)
+    run = timed(study, made, measure)
     front = sorted(
-        (k for k in made if k.net == "plain" and k.a_bits == FLOAT_BITS), key=lambda k: k.w_bits
+        (k for k in made if k.net == "plain" and k.a_bits == table.FLOAT_BITS),
+        key=lambda k: k.w_bits,
     )
 
     def evaluate(state) -> Mapping[str, Any]:

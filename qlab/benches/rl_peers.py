@@ -12,6 +12,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,9 +42,13 @@ class Size(NamedTuple):
 def _gymnax(name: str) -> tuple[Any, Any]:
     """(environment, parameters). gymnax 1.0 needs the package six without saying so."""
     try:
-        return importlib.import_module("gymnax").make(name)
+        module = importlib.import_module("gymnax")
     except ImportError as e:
         raise Absent(f"{e.name or 'gymnax'} is not installed") from None
+    found = version("gymnax")
+    if int(found.split(".")[0]) < 1:  # its step does not tell an end from a time limit
+        raise Absent(f"gymnax {found} is too old, 1.0 or newer is needed")
+    return module.make(name)
 
 
 def _scanned(name: str, size: Size, dummy_action: Any, init: Any, act: Any, update: Any) -> Loop:

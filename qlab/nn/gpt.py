@@ -232,9 +232,10 @@ class Table(nnx.Module):
 
     def __call__(self, x: Any, run: Run = FLOAT) -> Any:
         del run
+        table = jnp.asarray(self.table[...])  # NumPy's, where blocks are constants of a program
         if isinstance(x, tuple):
-            return (self.table[...][x[0]], *x[1:])
-        return self.table[...][x]
+            return (table[x[0]], *x[1:])
+        return table[x]
 
 
 class Head(nnx.Module):

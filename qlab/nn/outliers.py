@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from qlab.nn.resnet import NORM
 from qlab.nn.sites import Params
 
 Link = tuple[str, tuple[str, ...]]
@@ -71,7 +72,8 @@ def relu_twin(
     """The outlier twin of a net with pairs (product before a ReLU, the product that alone reads it).
 
     Output channel c of the first is multiplied by 2^U(-strength, strength), the second's rows of that channel (in
-    every tap of a patch, channels fastest) divided by it; ReLU passes positive factors.
+    every tap of a patch, channels fastest) divided by it; ReLU passes positive factors. A batch norm behind the first
+    ("conv1_bn" of `qlab.nn.resnet`) takes the factors in its place, so that folding the twin gives the folded net's.
 
     >>> block = {"a": {"kernel": jnp.ones((1, 3, 2)), "bias": jnp.ones((1, 2))}, "b": {"kernel": jnp.ones((1, 4, 1))}}
     >>> (twin,) = relu_twin([block], [("a", "b")], 2.0, jax.random.key(0))
@@ -85,9 +87,14 @@ def relu_twin(
             if first not in out or second not in out:
                 continue
             at = jax.random.fold_in(jax.random.fold_in(key, g), i)
-            bias, kernel = out[first]["bias"], out[second]["kernel"]
+            norm = first + NORM
+            kernel = out[second]["kernel"]
+            bias = out[norm if norm in out else first]["bias"]
             k = 2.0 ** jax.random.uniform(at, bias.shape, minval=-strength, maxval=strength)
-            out[first] = {"kernel": out[first]["kernel"] * k[:, None, :], "bias": bias * k}
+            if norm in out:
+                out[norm] = out[norm] | {name: out[norm][name] * k for name in ("scale", "bias")}
+            else:
+                out[first] = {"kernel": out[first]["kernel"] * k[:, None, :], "bias": bias * k}
             rows = jnp.tile(k, (1, kernel.shape[1] // k.shape[1]))
             out[second] = out[second] | {"kernel": kernel / rows[..., None]}
         twin.append(out)

@@ -30,8 +30,15 @@ from qlab.lab.errors import UserError
 from qlab.nn.generator import Generator
 from qlab.nn.resnet import ResNet
 from qlab.nn.sites import Params
+from qlab.quantization.blocks import QuantizedBlock
 from qlab.quantization.bn_statistics import bn_stat_loss, net_bn_inputs
-from qlab.quantization.minmax_net import STE, apply_minmax, calibrate_ranges, init_ranges
+from qlab.quantization.minmax_net import (
+    STE,
+    apply_minmax,
+    calibrate_ranges,
+    init_ranges,
+    minmax_blocks,
+)
 from qlab.quantization.observers import Correction, ema
 
 TINY = 1e-6  # least gap of entropies in float32, below which all samples count as equal
@@ -131,6 +138,7 @@ class Fit(NamedTuple):
       rate_g, rate_q: Adam (0.5, 0.999) of G, SGD with Nesterov momentum and weight decay of Q; both rates fall tenfold
         at the shares `drops` of the steps. warmup: steps in which Q is not trained. range_steps: steps in which
         activation ranges move. ste, correction: conventions, see `minmax_net` and `observers.ema`.
+      wide: (site, its bits) of weights and operands whose width is fixed, as conventions for first and last layers are.
       mean, std: of P's inputs, one or one a channel: images are mean + std * G(z, y). A net's preprocessing publishes them.
     """
 
@@ -147,6 +155,7 @@ class Fit(NamedTuple):
     correction: Correction = "end"
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    wide: tuple[tuple[str, int], ...] = ()
 
 
 class State(NamedTuple):
@@ -284,12 +293,19 @@ class DataFree(NamedTuple):
         params = self.family.keep(s.teacher, student)
         return apply_minmax(
             self.family.net, params, s.ranges, x, s.w_bits, s.a_bits,
-            learn=learn, ste=self.fit.ste, observer=self.observer,
+            learn=learn, ste=self.fit.ste, observer=self.observer, wide=dict(self.fit.wide),
         )  # fmt: skip
 
     def logits(self, s: State, x: jax.Array) -> jax.Array:
         """Q as it stands, f32[N, C]."""
         return self.quantized(s, s.student, x, learn=False)[0]
+
+    def blocks(self, s: State) -> tuple[QuantizedBlock, ...]:
+        """Q as it is deployed, a QuantizedBlock per group of P's net: codes of its weights, grids of its activations."""
+        return minmax_blocks(
+            self.family.net, self.family.keep(s.teacher, s.student), s.ranges, s.w_bits, s.a_bits,
+            observer=self.observer, wide=dict(self.fit.wide),
+        )  # fmt: skip
 
     def calibrated(self, s: State, x: jax.Array) -> State:
         """Q as it stands, its ranges moved on by all whole batches of x, in order (rounding without training)."""
@@ -334,7 +350,7 @@ class DataFree(NamedTuple):
 def _calibrated(dfq: DataFree, s: State, x: jax.Array) -> dict[str, Any]:
     return calibrate_ranges(
         dfq.family.net, dfq.family.keep(s.teacher, s.student), s.ranges, x, s.w_bits, s.a_bits,
-        batch_size=dfq.fit.batch_size, observer=dfq.observer,
+        batch_size=dfq.fit.batch_size, observer=dfq.observer, wide=dict(dfq.fit.wide),
     )  # fmt: skip
 
 

@@ -17,8 +17,10 @@ import optax
 from qlab.nn.sites import Block, Run
 from qlab.quantization.activations import fake
 from qlab.quantization.blocks import QuantizedBlock, SiteInput, WeightMethod, weight_grid
-from qlab.quantization.grid import Grid
+from qlab.quantization.grid import Grid, nearest_qtensor
 from qlab.quantization.methods import squared_error
+from qlab.quantization.qtensor import dequantize
+from qlab.quantization.recon_losses import EXACT, Aux, Loss, recon_loss
 from qlab.quantization.reconstruct import reconstruct_steps
 from qlab.quantization.rounding import RoundingRule
 
@@ -50,25 +52,37 @@ def learned_weight(
     batch_size: int = 32,
     granularity: str = "channel",
     max_bits: int = 8,
+    loss: Loss = recon_loss("l2"),  # noqa: B008 (a function)
+    relative: float | None = None,
     **grid_options: Any,
 ) -> WeightMethod:
-    """A rule learned product by product: squared error of the product on quantized inputs to that on float ones."""
+    """A rule learned product by product: the product on quantized inputs towards that on float ones.
+
+    Args:
+      loss: of `recon_losses`. relative: None, or the weight of the rule's regulariser where losses are divided by that
+        of rounding to nearest and the regulariser by the number of weights, as in `learn_unit`.
+    """
 
     def weight(i: SiteInput):
         if i.x is None or i.w is None:
             raise ValueError(f"{i.site!r} is no plain product; round it to nearest")
         w = i.w
         grid = weight_grid(w, i.bits, granularity, max_bits, grid_options)
+        y = i.x_fp @ w.T
+        unit, reg = 1.0, 1.0
+        if relative is not None:
+            nearest = i.x @ dequantize(nearest_qtensor(w, grid)).T
+            unit, reg = jnp.maximum(loss(y, nearest, Aux()), EXACT), relative / w.size
 
-        def loss(v, batch, k, t):
+        def objective(v, batch, k, t):
             del k
             x, want = batch
-            return squared_error(x @ rule.soft(v, w, grid).T, want) + rule.reg(v, t)
+            return loss(want, x @ rule.soft(v, w, grid).T, Aux()) / unit + reg * rule.reg(v, t)
 
         k_init, k_steps = jax.random.split(i.key)
         v = rule.init(w, grid, k_init)
         v, _, _ = reconstruct_steps(
-            loss, v, optimizer.init(v), (i.x, i.x_fp @ w.T), optimizer, k_steps, 0,
+            objective, v, optimizer.init(v), (i.x, y), optimizer, k_steps, 0,
             num_steps=num_iters, total=num_iters, batch_size=min(batch_size, len(i.x)),
         )  # fmt: skip
         return rule.hard(v, w, grid), jnp.zeros(())

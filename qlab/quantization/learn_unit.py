@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from qlab.quantization.grid import nearest_qtensor
 from qlab.quantization.ptq_stages import SiteInfo
 from qlab.quantization.qtensor import dequantize
-from qlab.quantization.recon_losses import Aux, recon_loss
+from qlab.quantization.recon_losses import EXACT, Aux, recon_loss
 from qlab.quantization.rounding_lanes import (
     Job,
     Lane,
@@ -28,8 +28,6 @@ from qlab.quantization.rounding_lanes import (
     variable,
 )
 from qlab.quantization.rounding_optimizers import choosable, rate
-
-EXACT = 1e-12  # a loss of rounding to nearest below this leaves nothing to learn
 
 
 class Unit(NamedTuple):

@@ -19,12 +19,15 @@ from flax import nnx
 from qlab.lab.errors import UserError
 from qlab.nn.resnet import norms
 from qlab.nn.sites import BlockNet, Params, Run, blocks_of, sites
-from qlab.quantization.activations import affine, fake
+from qlab.quantization.activations import Affine, affine, encode, fake
+from qlab.quantization.blocks import QuantizedBlock
 from qlab.quantization.observers import Observer, ema
+from qlab.quantization.qtensor import QTensor
 
 STE = Literal["repo", "clipped"]
 Ranges = Mapping[str, Any]  # {"block1/mid": an observer's state}
 RANGE = ema()
+NARROW: Mapping[str, int] = {}  # no site of a width of its own
 
 
 def fake_quant_minmax(x: jax.Array, bits, lo, hi, *, ste: STE = "repo") -> jax.Array:
@@ -76,11 +79,13 @@ def apply_minmax(
     learn: bool | jax.Array = False,
     ste: STE = "repo",
     observer: Observer = RANGE,
+    wide: Mapping[str, int] = NARROW,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """(logits f32[N, classes], ranges): the net on its grids; norms in evaluation mode.
 
     Args:
       ranges: of `init_ranges`. learn: bool[], whether x first moves the ranges on.
+      wide: {site: its bits} of weights and operands whose width is fixed.
     """
     new = dict(ranges)
 
@@ -91,14 +96,14 @@ def apply_minmax(
                 return u
             moved = observer.update(ranges[at], jax.lax.stop_gradient(u))
             new[at] = jax.tree.map(lambda a, b: jnp.where(learn, a, b), moved, ranges[at])
-            return fake_quant_minmax(u, a_bits, *observer.finalize(new[at]), ste=ste)
+            bits = wide.get(site, a_bits)
+            return fake_quant_minmax(u, bits, *observer.finalize(new[at]), ste=ste)
 
         return operand
 
     def linear(site: str, layer: nnx.Linear, u: jax.Array) -> jax.Array:
-        del site
-        kernel = layer.kernel[...]
-        y = u @ fake_quant_minmax(kernel, w_bits, kernel.min(0), kernel.max(0), ste=ste)
+        kernel, bits = layer.kernel[...], wide.get(site, w_bits)
+        y = u @ fake_quant_minmax(kernel, bits, kernel.min(0), kernel.max(0), ste=ste)
         return y if layer.bias is None else y + layer.bias[...]
 
     for name, block, p in blocks_of(net, params):
@@ -116,13 +121,53 @@ def calibrate_ranges(
     *,
     batch_size: int,
     observer: Observer = RANGE,
+    wide: Mapping[str, int] = NARROW,
 ) -> dict[str, Any]:
     """The ranges after all whole batches of x, in order, each passed through the quantized net."""
     batches = x[: len(x) // batch_size * batch_size].reshape(-1, batch_size, *x.shape[1:])
 
     def body(ranges, images):
         return apply_minmax(
-            net, params, ranges, images, w_bits, a_bits, learn=True, observer=observer
+            net, params, ranges, images, w_bits, a_bits, learn=True, observer=observer, wide=wide
         )[1], None
 
     return jax.lax.scan(body, dict(ranges), batches)[0]
+
+
+def minmax_blocks(
+    net: BlockNet,
+    params: Sequence[Params],
+    ranges: Ranges,
+    w_bits,
+    a_bits,
+    *,
+    observer: Observer = RANGE,
+    wide: Mapping[str, int] = NARROW,
+    max_bits: int = 8,
+) -> tuple[QuantizedBlock, ...]:
+    """The net of `apply_minmax` as it is deployed: a QuantizedBlock per group, for `run_blocks`.
+
+    max_bits: width of the codes' storage; w_bits may be traced.
+    """
+
+    def weight(site: str, kernel: jax.Array) -> QTensor:
+        record = affine(kernel.min(0), kernel.max(0), wide.get(site, w_bits), widen=False)
+        codes = encode(record, kernel).astype(jnp.uint8).T
+        scale, zero = record.scale[:, None], record.zero[:, None]
+        return QTensor(codes, scale, zero, bits=max_bits, axes=(1,), shape=codes.shape)
+
+    def act(at: str) -> Affine:
+        bits = wide.get(at.rpartition("/")[2], a_bits)
+        return affine(*observer.finalize(ranges[at]), bits, widen=False)
+
+    made = []
+    for name, _, p in blocks_of(net, params):
+        weights = {site: weight(site, v["kernel"]) for site, v in p.items() if "kernel" in v}
+        here = [at for at in ranges if at.rpartition("/")[0] == name]
+        made.append(QuantizedBlock(p, weights, {at.rpartition("/")[2]: act(at) for at in here}))
+    stacked, end = [], 0
+    for g in net.groups:
+        end += g.n
+        own, *rest = made[end - g.n : end]
+        stacked.append(jax.tree.map(lambda *a: jnp.stack(a), own, *rest))
+    return tuple(stacked)

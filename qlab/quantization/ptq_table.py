@@ -5,45 +5,36 @@ all methods share on it: activations on one static affine grid per tensor (range
 Mamba's states and C) in 8 bits at least, a ResNet's first and last layer in 8 bits. `arm` gives what a method does
 there: a rewrite of the net or of its norms, grids of its own, the rounding of the weights.
 
-`timed` adds to a study what tables of quantization leave out: seconds per cell without compiling, the
-memory of the program, and the packed net beside the float one.
-
-Letters: C = cells, N = samples.
+Methods that work on a whole net at once (WHOLE) are in `whole_net`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from qlab.lab.errors import UserError
-from qlab.lab.experiment import Experiment, Phase
 from qlab.nn import zoo
 from qlab.nn.chain import inject_outliers
 from qlab.nn.dense import dense_net, dense_params
 from qlab.nn.mamba import MambaSize, outlier_twin, with_parts
-from qlab.nn.outliers import norm_twin, relu_twin
+from qlab.nn.outliers import Link, norm_twin, relu_twin
 from qlab.nn.sites import BlockNet, Params
-from qlab.nn.vit import LINKS
+from qlab.nn.vit import LINKS as VIT_LINKS
+from qlab.nn.vlm import LINKS as VLM_LINKS
 from qlab.quantization.activations import Affine, PerToken
 from qlab.quantization.block_rounding import learned_weight
 from qlab.quantization.blocks import (
-    QuantizedBlock,
     SiteInput,
     WeightMethod,
-    fake_run,
     gptq_weight,
     nearest_weight,
-    packed_run,
-    run_blocks,
     site_by_site,
 )
 from qlab.quantization.bn_statistics import correct_inputs
@@ -53,16 +44,39 @@ from qlab.quantization.matrix import RULES
 from qlab.quantization.norm_links import linked, smooth
 from qlab.quantization.pd_quant import WIDE, Fit, Parts, beside, by_width, pd_quant, searched_act
 from qlab.quantization.quantile_ranges import calib_affine_quantile, calib_log
+from qlab.quantization.recon_losses import recon_loss
 from qlab.quantization.repquant import reparam
+from qlab.quantization.rounding_lanes import variable
+from qlab.quantization.rounding_optimizers import keep_within, make_optimizer
 from qlab.quantization.site_study import Cell
-from qlab.quantization.site_study import State as StudyState
+from qlab.quantization.vlm_weights import PRODUCTS
 
-ROUNDING = ("rtn", "mse", "gptq", "decoupleq", *RULES)
+ROUNDING = ("rtn", "mse", "gptq", "decoupleq", *RULES, "gradient")
 BLOCKS = ("brecq", "qdrop", "pd_quant")  # learn a block with its activation steps; on batch norms
+WHOLE = {"ada_dfq": "resnet", "q_vlm": "vlm"}  # work on a whole net at once, of one kind
+FLOAT_BITS = 32  # activations of a weight-only cell: the identity
 LAMB_C = 0.02  # of distribution correction, the divisor of PD-Quant's published code
 REWRITES = ("none", "smooth", "repquant", "mambaquant")
-PACKED = ("float_time", "packed_time", "packed_gap")
 MAMBA_SMOOTH, MAMBA_ROTATE = ("s2", "s4", "s5", "s7"), ("r1", "r2", "r4", "r5")
+
+
+def cells(names: Sequence[str], label: str) -> list[Cell]:
+    """The cells "<label>_<name>" of names such as "w3" (weights alone), "w4a4", "w4a4_twin".
+
+    >>> cells(["w3", "w4a8_twin"], "vit")[1]
+    Cell(name='vit_w4a8_twin', w_bits=4, a_bits=8, net='twin', draw=0, run=0)
+    """
+    made = []
+    for name in names:
+        found = re.fullmatch(r"w([2-8])(?:a([2-8]))?(_twin)?", name)
+        if not found:
+            raise UserError(
+                f'cells: {name!r}; names such as "w3", "w4a4", "w4a4_twin" are expected'
+            )
+        w, a, twin = found.groups()
+        net = "twin" if twin else "plain"
+        made.append(Cell(f"{label}_{name}", int(w), int(a or FLOAT_BITS), net))
+    return made
 
 
 class Family(NamedTuple):
@@ -71,7 +85,8 @@ class Family(NamedTuple):
     Attributes:
       kind: of `zoo.Recipe`. net: its blocks. nets: key -> {"plain": params, "twin": params}.
       broad: sites whose input has 8 bits at least. wide: {site: bits} of weights and operands of fixed width.
-      norms: key -> the params with batch norms, None without.
+      norms: the net with batch norms and nets of it, as `nets`; None without.
+      only: the sites that are quantized; None: all. links: norms with the products that read them.
     """
 
     kind: str
@@ -79,7 +94,9 @@ class Family(NamedTuple):
     nets: Callable[[jax.Array], Mapping[str, tuple[Params, ...]]]
     broad: tuple[str, ...]
     wide: Mapping[str, int]
-    norms: tuple[BlockNet, Callable[[jax.Array], Any]] | None = None
+    norms: tuple[BlockNet, Callable[[jax.Array], Mapping[str, tuple[Params, ...]]]] | None = None
+    only: tuple[str, ...] | None = None
+    links: tuple[Link, ...] = ()
 
 
 def family(name: str, strengths: Mapping[str, float], rewrite: str = "none") -> Family:
@@ -102,13 +119,18 @@ def family(name: str, strengths: Mapping[str, float], rewrite: str = "none") -> 
             return {"plain": dense_params(layers), "twin": dense_params(twin)}
 
         return Family("mlp", dense_net(r.widths), mlps, (), {})
-    if r.kind == "vit":
+    if r.kind in ("vit", "vlm"):
+        links = VIT_LINKS if r.kind == "vit" else VLM_LINKS
 
-        def vits(key):
+        def transformers(key):
             params, k_twin = trained(key)
-            return {"plain": params, "twin": norm_twin(params, LINKS, k, k_twin)}
+            return {"plain": params, "twin": norm_twin(params, links, k, k_twin)}
 
-        return Family("vit", made, vits, ("patch",), {})
+        if r.kind == "vit":
+            return Family("vit", made, transformers, ("patch",), {}, links=links)
+        # as Q-VLM has it: patch embedding, head and products of two activations stay float
+        only = tuple(dict.fromkeys(itertools.chain(*PRODUCTS.values())))
+        return Family("vlm", made, transformers, (), {}, only=only, links=links)
     if r.kind == "mamba":
         full = rewrite == "mambaquant"
         parts = {"gate", *(parts_of(MAMBA_SMOOTH, MAMBA_ROTATE, False) if full else ())}
@@ -121,19 +143,34 @@ def family(name: str, strengths: Mapping[str, float], rewrite: str = "none") -> 
 
         return Family("mamba", zoo.model("mamba", tuple(size)), mambas, ("embed", "h", "C"), {})
 
-    def resnets(key):
+    def with_norms(key):
         params, k_twin = trained(key)
-        plain = made.fold(params)
-        return {"plain": plain, "twin": relu_twin(plain, (("conv1", "conv2"),), k, k_twin)}
+        return {"plain": params, "twin": relu_twin(params, (("conv1", "conv2"),), k, k_twin)}
 
-    return Family("resnet", made.folded, resnets, (), WIDE, (made.net, lambda key: trained(key)[0]))
+    def folded(key):
+        return {name: made.fold(params) for name, params in with_norms(key).items()}
+
+    return Family("resnet", made.folded, folded, (), WIDE, (made.net, with_norms))
+
+
+class Recipe(NamedTuple):
+    """The best practices of `configs/gradient_ptq.py`: rule of `rounding_lanes`, loss, optimizer, its schedule.
+
+    reg_weight: of the rule's regulariser, the loss being relative to that of rounding to nearest.
+    """
+
+    rule: str = "sigmoid"
+    loss: str = "l2"
+    optimizer: str = "adam"
+    schedule: str = "cosine"
+    reg_weight: float = 10.0
 
 
 class Method(NamedTuple):
-    """What an arm does. rounding: of ROUNDING, or one of BLOCKS. rewrite: of REWRITES.
+    """What an arm does. rounding: of ROUNDING, BLOCKS or WHOLE. rewrite: of REWRITES.
 
     num_iters: Adam steps of a learned product; a block method takes twice as many (blocks have two products on average).
-    rate, step_rate: of weights and of a block's activation steps.
+    rate, step_rate: of weights and of a block's activation steps. recipe: of "gradient".
     """
 
     rounding: str = "mse"
@@ -145,13 +182,16 @@ class Method(NamedTuple):
     damp: float = 0.01
     dc_steps: int = 100
     num_search: int = 64
+    recipe: Recipe = Recipe()
 
 
 def fits(m: Method, kind: str) -> bool:
     """Whether the method exists for a kind of net."""
-    need = {"repquant": ("vit",), "mambaquant": ("mamba",), "smooth": ("vit", "mamba")}
+    need = {"repquant": ("vit",), "mambaquant": ("mamba",), "smooth": ("vit", "mamba", "vlm")}
     if m.rounding in BLOCKS:
         return kind == "resnet"
+    if m.rounding in WHOLE:
+        return kind == WHOLE[m.rounding]
     return kind in need.get(m.rewrite, (kind,))
 
 
@@ -167,13 +207,24 @@ def rounding(m: Method, max_bits: int = 8) -> WeightMethod:
         made = gptq_weight(damp=m.damp, **grid)
     elif m.rounding == "decoupleq":
         made = decoupleq_weight(max_bits=max_bits)
-    else:
-        rule, optimizer = (
-            RULES[m.rounding][0](),
-            optax.adam(optax.cosine_decay_schedule(m.rate, m.num_iters)),
-        )
+    elif m.rounding == "gradient":
+        r = m.recipe
+        rule = variable(r.rule)
+        optimizer = make_optimizer(r.optimizer, m.rate, r.schedule, num_steps=m.num_iters)
+        if not rule.learns_scale:
+            optimizer = optax.chain(optimizer, keep_within(-rule.bound, rule.bound))
         made = learned_weight(
-            rule, optimizer, num_iters=m.num_iters, batch_size=m.batch_size, **grid
+            rule.rule, optimizer, num_iters=m.num_iters, batch_size=m.batch_size,
+            loss=recon_loss(r.loss), relative=r.reg_weight, **grid,
+        )  # fmt: skip
+    else:
+        optimizer = optax.adam(optax.cosine_decay_schedule(m.rate, m.num_iters))
+        made = learned_weight(
+            RULES[m.rounding][0](),
+            optimizer,
+            num_iters=m.num_iters,
+            batch_size=m.batch_size,
+            **grid,
         )
     return lambda i: nearest(i) if i.x is None else made(i)
 
@@ -196,6 +247,11 @@ def acts(f: Family, m: Method):
     return act
 
 
+def only(f: Family, method: Callable[[SiteInput], Any]) -> Callable[[SiteInput], Any]:
+    """The method at the sites that the family quantizes, None (float) elsewhere."""
+    return lambda i: method(i) if f.only is None or i.site in f.only else None
+
+
 def arm(f: Family, m: Method, max_w_bits: int = 8) -> dict[str, Any]:
     """The arguments of `site_study` beside net, data and cells: method, transform, around, beside, wide."""
     if m.rounding not in (*ROUNDING, *BLOCKS) or m.rewrite not in REWRITES:
@@ -207,16 +263,16 @@ def arm(f: Family, m: Method, max_w_bits: int = 8) -> dict[str, Any]:
         raise UserError(f"{m.rounding}, {m.rewrite} is not for nets of kind {f.kind!r}")
     if m.rounding in BLOCKS:
         return _block_arm(f, m, max_w_bits)
-    act, weight = acts(f, m), rounding(m)
-    weight = by_width(weight, weight, f.wide)
+    act, weight = only(f, acts(f, m)), rounding(m)
+    weight = only(f, by_width(weight, weight, f.wide))
     made: dict[str, Any] = {"method": site_by_site(act=act, weight=weight), "wide": f.wide}
     if f.kind == "mamba" and m.rewrite != "none":
         smooth_only = {"smoothing": ("s1", "s2"), "rotations": ()}
         made["transform"] = mambaquant(f.net, **(smooth_only if m.rewrite == "smooth" else {}))
     elif m.rewrite == "smooth":
-        made["method"] = linked(LINKS, smooth(), act, weight)
+        made["method"] = linked(f.links, smooth(), act, weight)
     elif m.rewrite == "repquant":
-        made["method"] = linked(LINKS, reparam(steps=m.num_iters), act, weight)
+        made["method"] = linked(f.links, reparam(steps=m.num_iters), act, weight)
     return made
 
 
@@ -234,119 +290,7 @@ def _block_arm(f: Family, m: Method, max_w_bits: int) -> dict[str, Any]:
         # the twin's norms are those of the plain net: it rescales what lies behind them
         del name
         steps = m.dc_steps if whole else 0
-        inputs = correct_inputs(net, params(key), x, lamb_c=LAMB_C, n=steps)
+        inputs = correct_inputs(net, params(key)["plain"], x, lamb_c=LAMB_C, n=steps)
         return beside(inputs, share, share)
 
     return {"method": method, "around": True, "beside": around, "wide": f.wide}
-
-
-class Timed(NamedTuple):
-    """study: the state of a study. seconds: f32[C], of each cell. memory: f32[], MiB of its program.
-
-    packed: f32[C, 3], seconds of the float net and of the packed one, their `gap`; zeros where it was not measured.
-    """
-
-    study: StudyState
-    seconds: jax.Array
-    memory: jax.Array
-    packed: jax.Array
-
-
-Measure = Callable[[int, StudyState], tuple[float, float, float]]
-
-
-def timed(
-    study: Experiment[StudyState], cells: Sequence[Cell], measure: Measure | None = None
-) -> Experiment[Timed]:
-    """The study with the time of each cell (compiling left out) and the memory of its program.
-
-    measure: (cell, state at its end) -> the row of `Timed.packed`.
-    """
-    (phase,) = study.phases
-    per_cell = phase.num_steps // len(cells)
-    compiled: list[Any] = []
-
-    def init(key):
-        zeros = jnp.zeros(len(cells))
-        return Timed(study.init(key), zeros, jnp.zeros(()), jnp.zeros((len(cells), 3)))
-
-    def step(state: Timed):
-        if not compiled:
-            program = jax.jit(phase.step).lower(state.study).compile()
-            compiled.extend((program, _mebibytes(program)))
-        c, at = divmod(int(state.study.step), per_cell)
-        start = time.perf_counter()
-        new, metrics = jax.block_until_ready(compiled[0](state.study))
-        seconds = state.seconds.at[c].add(time.perf_counter() - start)
-        packed = state.packed
-        if measure is not None and at == per_cell - 1:
-            packed = packed.at[c].set(jnp.asarray(measure(c, new)))
-        return Timed(new, seconds, jnp.float32(compiled[1]), packed), metrics
-
-    def evaluate(state: Timed):
-        values = dict(study.evaluate(state.study))
-        for i, cell in enumerate(cells):
-            values[f"{cell.name}/seconds"] = state.seconds[i]
-            values[f"{cell.name}/memory"] = state.memory
-            for j, name in enumerate(PACKED if measure is not None else ()):
-                values[f"{cell.name}/{name}"] = state.packed[i, j]
-        return values
-
-    host = Phase(phase.name, phase.num_steps, step, "host")
-    return Experiment(init, evaluate, (host,), seed_layout="map")
-
-
-def _mebibytes(program: Any) -> float:
-    """What a compiled program holds beside its arguments, MiB; 0 where the backend does not say."""
-    found = program.memory_analysis()
-    if found is None:
-        return 0.0
-    return (found.temp_size_in_bytes + found.output_size_in_bytes) / 2**20
-
-
-def narrowed(
-    blocks: Sequence[QuantizedBlock], bits: int, wide: Mapping[str, int] | None = None
-) -> tuple[QuantizedBlock, ...]:
-    """Blocks whose codes were stored wider than their grid, at the width of the grid, so that they pack."""
-
-    def at(site: str, qt):
-        return dataclasses.replace(qt, bits=min(qt.bits, (wide or {}).get(site, bits)))
-
-    return tuple(b._replace(weights={s: at(s, qt) for s, qt in b.weights.items()}) for b in blocks)
-
-
-def measure_once(f: Family, cells: Sequence[Cell], x: Any) -> Measure:
-    """A `Measure` on inputs x; later seeds are told what the first one measured, since times are of the machine."""
-    known: dict[int, tuple[float, float, float]] = {}
-
-    def measure(i: int, state: StudyState) -> tuple[float, float, float]:
-        if i not in known:
-            blocks = narrowed(state.quantized, cells[i].w_bits, f.wide)
-            known[i] = packed_beside_float(f.net, state.params, blocks, x)
-        return known[i]
-
-    return measure
-
-
-def packed_beside_float(
-    net: BlockNet, params: Sequence[Params], blocks: Sequence[QuantizedBlock], x: Any
-) -> tuple[float, float, float]:
-    """(seconds of the float net, of the packed one, gap) for a pass over x, jitted: medians of 11, interleaved.
-
-    gap: largest |packed - fake-quantized| output over the largest fake-quantized one.
-    """
-    blocks = tuple(blocks)
-    programs = [
-        jax.jit(partial(net.apply, params)),
-        jax.jit(lambda x: run_blocks(net, blocks, x, packed_run)),
-    ]
-    want = run_blocks(net, blocks, x, fake_run)
-    gap = jnp.abs(programs[1](x) - want).max() / jnp.abs(want).max()
-    times: list[list[float]] = [[], []]
-    jax.block_until_ready(programs[0](x))
-    for _ in range(11):
-        for f, found in zip(programs, times, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(f(x))
-            found.append(time.perf_counter() - start)
-    return float(np.median(times[0])), float(np.median(times[1])), float(gap)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from qlab.quantization.methods import squared_error
 from qlab.quantization.site_study import divergence
 
+EXACT = 1e-12  # a loss of rounding to nearest below this leaves nothing to learn
 EPS = 1e-12  # under the logarithm of an error that may be 0
 
 

@@ -52,6 +52,8 @@ TESTED = (
     "accuracy", "fp_accuracy", "kl", "kl_calibration", "flips", "loss", "fp_loss", "error", "fallbacks"
 )  # fmt: skip
 
+VARIED = ("net", "calibration", "method")
+
 BlockMethod = Callable[..., tuple[QuantizedBlock, jax.Array]]
 Transform = Callable[[tuple[Params, ...], Any, jax.Array], tuple[Params, ...]]
 
@@ -104,7 +106,7 @@ def site_study(
     beside: Callable[[jax.Array, str, Any], tuple[Any, ...]] | None = None,
     wide: Mapping[str, int] | None = None,
     num_calibration: int = 64,
-    vary: Sequence[str] = ("net", "calibration", "method"),
+    vary: Sequence[str] = VARIED,
     run: Callable[..., Any] = fake_run,
 ) -> Experiment[State]:
     """One arm of a comparison of methods that quantize weights and activations.
@@ -130,8 +132,7 @@ def site_study(
     size = len(jax.tree.leaves(pool)[0])
     if num_calibration > size:
         raise ValueError(f"num_calibration={num_calibration}, but the pool holds {size} samples")
-    unknown = set(vary) - {"net", "calibration", "method"}
-    if unknown:
+    if set(vary) - set(VARIED):
         raise ValueError(f'vary={tuple(vary)}; use some of "net", "calibration", "method"')
     setups = tuple(dict.fromkeys((c.net, c.draw, c.run) for c in cells))
     which = jnp.array([setups.index((c.net, c.draw, c.run)) for c in cells])
@@ -165,18 +166,12 @@ def site_study(
         return jax.tree.map(_zeros, tuple(inputs)), tuple(quantized)
 
     def init(key: jax.Array) -> State:
-        parts = {
-            name: jax.random.fold_in(key if name in vary else jax.random.key(0), i)
-            for i, name in enumerate(("net", "calibration", "method"))
-        }
-        made = nets(parts["net"])
+        k_net, *k_rest = sub_keys(key, vary)
+        made = nets(k_net)
         sides: dict[tuple[str, int], Any] = {}
 
         def setup(name: str, draw: int, run: int):
-            k_draw, k = (
-                jax.random.fold_in(parts[what], i)
-                for what, i in (("calibration", draw), ("method", run))
-            )
+            k_draw, k = (jax.random.fold_in(k, i) for k, i in zip(k_rest, (draw, run), strict=True))
             chosen = np.asarray(jax.random.permutation(k_draw, size)[:num_calibration])
             x = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[chosen]), pool)
             params = made[name]
@@ -184,7 +179,7 @@ def site_study(
             if transform is not None:
                 params = transform(params, x, jax.random.fold_in(k, 0))
             if beside is not None and (name, draw) not in sides:
-                sides[name, draw] = beside(parts["net"], name, x)
+                sides[name, draw] = beside(k_net, name, x)
             found = {} if probe is None else dict(probe(params, x))
             return k, params, x, logits, found, sides.get((name, draw))
 
@@ -230,7 +225,7 @@ def site_study(
             inputs[g] = (y_q, y_fp)
         if g + 1 < len(sizes):
             inputs[g + 1] = (y_q, y_fp)
-        out = state.out.at[c, TESTED.index("error")].set(_relative(y_q, y_fp))
+        out = state.out.at[c, TESTED.index("error")].set(relative_error(y_q, y_fp))
         if g + 1 == len(sizes):  # of its blocks the last one stays
             out = out.at[c, TESTED.index("kl_calibration")].set(divergence(y_fp, y_q))
         return state._replace(
@@ -291,7 +286,16 @@ def _stack(*trees):
     return jax.tree.map(lambda *a: jnp.stack(a), *trees)
 
 
-def _relative(y, y_fp) -> jax.Array:
+def sub_keys(key: jax.Array, vary: Sequence[str] = VARIED) -> tuple[jax.Array, ...]:
+    """Keys of the net, the calibration draw and the method; what `vary` leaves out has the same one for all seeds."""
+    return tuple(
+        jax.random.fold_in(key if name in vary else jax.random.key(0), i)
+        for i, name in enumerate(VARIED)
+    )
+
+
+def relative_error(y, y_fp) -> jax.Array:
+    """f32[]: mean squared error over the mean square of y_fp; trees of arrays."""
     y, y_fp = (jnp.concatenate([a.ravel() for a in jax.tree.leaves(t)]) for t in (y, y_fp))
     return ((y - y_fp) ** 2).mean() / jnp.maximum((y_fp**2).mean(), 1e-30)
 

@@ -7,13 +7,16 @@ import pytest
 
 from qlab.lab.errors import UserError
 from qlab.nn.resnet import ResNetSize, resnet
+from qlab.quantization.blocks import packed_run, run_blocks
 from qlab.quantization.minmax_net import (
     apply_minmax,
     calibrate_ranges,
     fake_quant_minmax,
     init_ranges,
+    minmax_blocks,
 )
 from qlab.quantization.observers import ema
+from qlab.quantization.timed_study import narrowed
 
 
 def published(x, bits, lo, hi):
@@ -160,3 +163,25 @@ def test_ranges_learn_in_order_and_then_stay(family, params, x):
     u = jnp.linspace(float(lo), float(hi), 1000)
     seen = np.unique(np.asarray(fake_quant_minmax(u, 3, lo, hi)))
     assert len(seen) == 8
+
+
+def test_blocks_are_the_net_as_deployed_and_run_packed(family, params, x):
+    """Codes and grids give what the trained net gives, fake-quantized and packed; first and last weights at 8 bits."""
+    wide = {"stem": 8, "head": 8, "features": 8}
+    ranges = init_ranges(family.net, params, x)
+    _, ranges = apply_minmax(family.net, params, ranges, x, 3, 4, learn=True, wide=wide)
+    want, _ = apply_minmax(family.net, params, ranges, x, 3, 4, wide=wide)
+    blocks = minmax_blocks(family.net, params, ranges, 3, 4, wide=wide)
+    np.testing.assert_allclose(run_blocks(family.net, blocks, x), want, rtol=1e-4, atol=1e-4)
+    small = narrowed(blocks, 3, wide)
+    packed = jax.jit(lambda x: run_blocks(family.net, small, x, packed_run))(x)
+    np.testing.assert_allclose(packed, want, rtol=1e-3, atol=1e-3)
+    widths = {site: q.bits for b in small for site, q in b.weights.items()}
+    assert widths == {s: wide.get(s, 3) for s in widths}
+    assert {"stem", "head", "conv1"} <= set(widths)
+    top = {site: int(q.codes.max()) for b in blocks for site, q in b.weights.items()}
+    assert top["stem"] == top["head"] == 255
+    assert top["conv1"] == 7
+    ends = {site: float(a.q_max.max()) for b in blocks for site, a in b.acts.items()}
+    assert ends["features"] == 255
+    assert ends["mid"] == 15

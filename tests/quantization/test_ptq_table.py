@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from qlab.configs.ptq_table import get_config
-from qlab.experiments.ptq_table import build, cells
+from qlab.experiments.ptq_table import build
 from qlab.lab.errors import UserError
 from qlab.lab.experiment import Experiment, Phase, side_by_side
 from qlab.nn import zoo
@@ -33,21 +34,25 @@ from qlab.quantization.ptq_table import (
     ROUNDING,
     Family,
     Method,
+    Recipe,
     acts,
     arm,
+    cells,
     family,
     fits,
-    measure_once,
-    narrowed,
     rounding,
-    timed,
 )
 from qlab.quantization.qtensor import dequantize
 from qlab.quantization.quantize_net import quantize_net
 from qlab.quantization.site_study import Cell, site_study
+from qlab.quantization.timed_study import measure_once, narrowed, timed
 
 WIDTHS = (12, 6, 6, 6, 3)
-STRENGTHS = {"mlp": 2.0, "vit": 2.5, "mamba": 4.0, "resnet": 2.0}
+STRENGTHS = {"mlp": 2.0, "vit": 2.5, "mamba": 4.0, "resnet": 2.0, "vlm": 2.5}
+SMALL = {
+    "mlp": "digits_shallow", "vit": "digits_vit_small", "mamba": "digits_mamba_small",
+    "resnet": "digits_resnet_small", "vlm": "digits_vlm_small",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,8 @@ def test_an_mlp_in_blocks_is_the_mlp(layers, x):
 
 
 def test_a_relu_twin_is_the_same_function_with_other_ranges():
-    net = resnet(ResNetSize(widths=(3,), classes=3)).folded
+    family_ = resnet(ResNetSize(widths=(3,), classes=3))
+    net = family_.folded
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(net.init, jax.random.key(0))
     params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), jnp.float32), shapes)
@@ -87,6 +93,10 @@ def test_a_relu_twin_is_the_same_function_with_other_ranges():
     x = jax.random.uniform(jax.random.key(2), (4, 8, 8, 1))
     apply = jax.jit(net.apply)
     np.testing.assert_allclose(apply(twin, x), apply(params, x), rtol=2e-4, atol=2e-4)
+    normed = family_.init(jax.random.key(3))
+    got = family_.fold(relu_twin(normed, (("conv1", "conv2"),), 3.0, jax.random.key(1)))
+    want = relu_twin(family_.fold(normed), (("conv1", "conv2"),), 3.0, jax.random.key(1))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
     spread = [jnp.abs(p[1]["conv1"]["kernel"]).max((0, 1)) for p in (params, twin)]
     assert spread[1].max() / spread[1].min() > 1.5 * spread[0].max() / spread[0].min()
 
@@ -135,7 +145,9 @@ def test_weights_alone_leave_activations_and_pack(name, layers, x):
 def test_methods_stand_only_where_they_exist():
     assert [k for k in STRENGTHS if fits(Method("pd_quant"), k)] == ["resnet"]
     assert [k for k in STRENGTHS if fits(Method("gptq", "repquant"), k)] == ["vit"]
-    assert [k for k in STRENGTHS if fits(Method("mse", "smooth"), k)] == ["vit", "mamba"]
+    assert [k for k in STRENGTHS if fits(Method("mse", "smooth"), k)] == ["vit", "mamba", "vlm"]
+    assert [k for k in STRENGTHS if fits(Method("ada_dfq"), k)] == ["resnet"]
+    assert [k for k in STRENGTHS if fits(Method("q_vlm"), k)] == ["vlm"]
     assert all(fits(Method(name), k) for name in ROUNDING for k in STRENGTHS)
     f = Family("mlp", dense_net(WIDTHS), lambda key: {}, (), {})
     for m, text in (
@@ -216,7 +228,7 @@ def finished(experiment):
 
 def test_a_timed_study_is_the_study_and_tells_time_memory_and_the_packed_net(study, x):
     f, made, plain = study
-    got, want = finished(timed(plain, made, measure_once(f, made, x))), finished(plain)
+    got, want = finished(timed(plain, made, measure_once(f.net, made, x))), finished(plain)
     assert {k: float(v) for k, v in want.items()} == {k: float(got[k]) for k in want}
     for cell in made:
         for metric in ("seconds", "memory", "packed_time", "float_time"):
@@ -227,11 +239,10 @@ def test_a_timed_study_is_the_study_and_tells_time_memory_and_the_packed_net(stu
 
 def test_names_of_cells():
     c = get_config()
-    found = cells(c.copy_and_resolve_references(), "vit")
+    found = cells(c.cells, "vit")
     assert [found[0], found[-1]] == [Cell("vit_w2", 2, 32), Cell("vit_w4a4_twin", 4, 4, "twin")]
-    c.cells = ("w4b4",)
     with pytest.raises(UserError, match="'w4b4'"):
-        cells(c, "vit")
+        cells(("w4b4",), "vit")
     c = get_config("smoke")
     c.update(rounding="pd_quant")
     with pytest.raises(UserError, match="fits none of the nets"):
@@ -242,23 +253,27 @@ def test_names_of_cells():
 @pytest.mark.parametrize(
     ("kind", "m"),
     [
-        *((kind, Method(name)) for kind in STRENGTHS for name in ("gptq", "decoupleq", *RULES)),
+        *(
+            (kind, Method(n))
+            for kind in STRENGTHS
+            for n in ("gptq", "decoupleq", *RULES, "gradient")
+        ),
         *(("resnet", Method(name, rate=1e-1)) for name in BLOCKS),
         ("vit", Method("gptq", "smooth")),
         ("vit", Method("gptq", "repquant")),
         ("mamba", Method("mse", "smooth")),
         ("mamba", Method("mse", "mambaquant")),
+        ("vlm", Method("gptq", "smooth")),
     ],
     ids=lambda v: v if isinstance(v, str) else f"{v.rounding}-{v.rewrite}",
 )
 def test_packed_execution_equals_fake_quantization(kind, m):
     """Each method's result on each kind of net, W4A8, on the net as trained."""
-    name = {"mlp": "digits_shallow", "vit": "digits_vit_small", "mamba": "digits_mamba_small"}
-    name = name.get(kind, "digits_resnet_small")
     key = jax.random.key(0)
-    f = family(name, STRENGTHS, m.rewrite)
+    f = family(SMALL[kind], STRENGTHS, m.rewrite)
     params = f.nets(key)["twin"]
-    images = jnp.asarray(zoo.examples(zoo.recipe(name).dataset).x_train[:32])
+    pool = zoo.examples(zoo.recipe(SMALL[kind]).dataset).x_train
+    images = jax.tree.map(lambda a: jnp.asarray(a[:32]), pool)
     made = arm(f, m._replace(num_iters=20, dc_steps=10))
     if "transform" in made:
         transform = made["transform"]
@@ -287,3 +302,77 @@ def test_quantize_block_is_what_the_table_walks(layers, x):
     )
     np.testing.assert_array_equal(got.weights["dense"].codes, want.weights["dense"].codes)
     assert float(got.acts["dense"].q_max) == 15
+
+
+def test_a_recipe_of_base_choices_is_adaround_with_relative_weights():
+    """Its loss and regulariser are AdaRound's divided by one number, which Adam does not see."""
+    w = jax.random.normal(jax.random.key(0), (3, 6))
+    x = jax.random.normal(jax.random.key(1), (40, 6)).cumsum(1)
+    i = SiteInput("dense", x, x, w, jnp.float32(2), jax.random.key(2))
+    nearest = dequantize(nearest_weight(max_bits=8, calibration="shares")(i)[0])
+    unit = float(((x @ (nearest - w).T) ** 2).sum(-1).mean())
+    reg = 0.01 * w.size / unit  # what the 0.01 of AdaRound weighs relative to nearest
+    m = Method("gradient", num_iters=100, recipe=Recipe(reg_weight=reg))
+    got = jax.jit(lambda bits: rounding(m)(i._replace(bits=bits))[0])(2.0)
+    want = jax.jit(lambda bits: rounding(m._replace(rounding="adaround"))(i._replace(bits=bits))[0])
+    np.testing.assert_array_equal(got.codes, want(2.0).codes)
+    error = lambda q: float(((x @ (dequantize(q) - w).T) ** 2).sum())  # noqa: E731
+    for recipe in (Recipe("ste", "l1", "lion", "constant"), Recipe("flexround", "log_l2")):
+        q = rounding(m._replace(recipe=recipe))(i)[0]
+        assert error(q) < len(x) * unit  # learns
+
+
+@pytest.mark.rotates(2)
+def test_whole_nets_in_the_table():
+    """AdaDFQ on a batch-norm net and its twin: the metrics of the walk, the same test, Q as deployed."""
+    c = get_config()
+    c.nets = ConfigDict({"resnet": "digits_resnet_small"})
+    c.num_calibration = 16
+    c.data_free.update(num_steps=6, warmup=2, range_steps=3, gen_widths=(16, 8))
+    arm_ = c.arms.ada_dfq
+    c.update(rounding=arm_.rounding, cells=("w8a8", "w4a4_twin"))
+    experiment = build(c)
+    state = experiment.init(jax.random.key(0))
+    assert set(state.nets) == {"plain", "twin"}
+    for i in range(experiment.phases[0].num_steps):
+        state, metrics = experiment.phases[0].step(state)
+        assert 0 < metrics["error"] < 10
+        assert int(state.step) == i + 1
+    found = {k: float(v) for k, v in experiment.evaluate(state).items()}
+    assert abs(found["resnet_w8a8/accuracy"] - found["resnet_w8a8/fp_accuracy"]) < 2
+    assert found["resnet_w8a8/kl"] < 0.01 < found["resnet_w4a4_twin/kl"]
+    assert found["resnet_w8a8/bytes"] > found["resnet_w4a4_twin/bytes"]
+    assert found["resnet_w8a8/seconds"] > 0
+    other = site_keys(c, "mse")
+    for name in ("plain", "twin"):  # the same nets as those of the walk
+        own = resnet(ResNetSize(*zoo.recipe("digits_resnet_small").widths)).fold(state.nets[name])
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), own, other[name])
+
+
+def site_keys(c, rounding_):
+    """The nets that an arm of the walk starts from."""
+    c.update(rounding=rounding_)
+    state = build(c).init(jax.random.key(0)).study
+    at = {"plain": 0, "twin": 1}
+    return {name: jax.tree.map(lambda a, i=i: a[i], state.nets) for name, i in at.items()}
+
+
+@pytest.mark.slow
+def test_q_vlm_in_the_table_keeps_what_the_others_keep():
+    c = get_config("vlm")
+    c.nets = ConfigDict({"vlm": "digits_vlm_small"})
+    c.update(num_calibration=8, cells=("w4a4", "w4a4_twin"))
+    found = {}
+    for name in ("q_vlm", "mse"):
+        c.update(rounding=name)
+        experiment = build(c)
+        state = experiment.init(jax.random.key(0))
+        (phase,) = experiment.phases
+        for _ in range(phase.num_steps):
+            state, _ = phase.step(state)
+        found[name] = {k: float(v) for k, v in experiment.evaluate(state).items()}
+    for metric in ("bytes", "stored_bits", "sites_total"):
+        assert found["q_vlm"][f"vlm_w4a4/{metric}"] == found["mse"][f"vlm_w4a4/{metric}"]
+    assert found["q_vlm"]["vlm_w4a4/fp_accuracy"] == found["mse"]["vlm_w4a4/fp_accuracy"]
+    twin = found["q_vlm"]
+    assert twin["vlm_w4a4_twin/fp_accuracy"] == pytest.approx(twin["vlm_w4a4/fp_accuracy"], abs=0.2)
