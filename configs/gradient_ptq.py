@@ -25,7 +25,7 @@ optimizer, schedule or unit is tuned over three rates as the base is; the others
 regulariser (of 0.1 to 30) and the place of the rates were found on held-out images of one net whose seed is not reported.
 
 Arms are nets: mlp 64-(24 x 7)-10 and cnn at W2 and W3, vit (16 tokens, width 64, four blocks) at W3 and W4 with fewer
-options and steps. A seed draws the trained net, the calibration and held-out images, and the method's keys.
+options and steps (all that the others have in :full). A seed draws the trained net, the calibration and held-out images, and the method's keys.
 
 A range grows with the number of options and is never 0: compare it with that of r. Spread_rest leaves out each axis'
 worst option, as one bad option (plain SGD, powers of two at two bits) decides the range. Claims (i) are read both ways.
@@ -64,6 +64,10 @@ MLP = (*CHAIN, "d_kl", "h_net")
 VIT = tuple(
     n for n in CHAIN if n not in ("c_768", "d_activation", "e_adaquant", "g_momentum", "g_adamax")
 ) + ("e_norm",)
+FEW = (  # of the ViT, a call of which takes longest
+    "base", "a_random", "a_importance", "b_qdrop", "c_photos", "c_16", "d_l1", "d_cosine", "e_bias", "e_norm",
+    "e_flexround", "f_power", "g_tanh", "g_lion", "h_block", "x_fp_input", "rtn", "r_1", "r_2",
+)  # fmt: skip
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -73,7 +77,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.bits = (2, 3)
     c.options = CHAIN
     # learning: the same number of steps for all options
-    c.num_iters = 500
+    c.num_iters = 300
     c.batch_size = 32
     c.rates = (3e-2, 1e-1, 3e-1)
     c.reg_weight = 10.0
@@ -87,7 +91,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.arms = {
         "mlp": {"options": MLP},
         "cnn": {"net": "digits_cnn", "batch_size": 128},
-        "vit": {"net": "digits_vit", "batch_size": 128, "bits": (3, 4), "options": VIT, "num_iters": 200},
+        "vit": {"net": "digits_vit", "batch_size": 32, "bits": (3, 4), "options": FEW, "num_iters": 200, "midpoints": 4},
     }  # fmt: skip
     if variant == "smoke":
         c.update(seeds=1, num_iters=200, rates=(3e-2,), bits=(2,), budgets=(), closed=())
@@ -96,7 +100,9 @@ def get_config(variant: str = "") -> ConfigDict:
         variant == "full"
     ):  # the whole study at AdaRound's budget; the paper's ImageNet nets are not here
         c.update(seeds=10, num_iters=10_000)
-        c.arms["vit"]["num_iters"] = 10_000
+        c.arms["vit"].update(
+            {"num_iters": 10_000, "options": VIT, "batch_size": 128, "midpoints": 8}
+        )
     return c
 
 

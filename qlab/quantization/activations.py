@@ -20,6 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from qlab.quantization.elementwise import abs_power
 from qlab.quantization.qtensor import Ties, clip_ste, round_ste
 
 Zero = Literal["repo", "reserve"]
@@ -129,7 +130,7 @@ def search_range(
 
     def error(share):
         record = affine(lo * share, hi * share, bits, **options)
-        return (jnp.abs(fake(record, x) - x) ** p).mean(axes)
+        return abs_power(fake(record, x) - x, p).mean(axes)
 
     best = jnp.asarray(shares)[jax.lax.map(error, jnp.asarray(shares)).argmin(0)]
     return lo * best, hi * best

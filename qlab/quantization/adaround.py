@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qlab.quantization.elementwise import abs_power
 from qlab.quantization.qtensor import clip_ste, expand
 from qlab.quantization.rounding import RoundingRule
 
@@ -59,7 +60,7 @@ def relaxed(
     def reg(v, t):
         left = jnp.clip(1.0 - (t - warmup) / (1.0 - warmup), 0.0, 1.0)
         beta = beta_end + (beta_start - beta_end) * left
-        undecided = (1.0 - jnp.abs(2.0 * h(v) - 1.0) ** beta).sum()
+        undecided = (1.0 - abs_power(2.0 * h(v) - 1.0, beta)).sum()
         return jnp.where(t < warmup, 0.0, reg_weight) * undecided
 
     return RoundingRule(init, soft, hard, reg)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from qlab.quantization.elementwise import abs_power
 from qlab.quantization.qtensor import QTensor, Ties, expand, round_ties
 
 Calibration = Literal["searched", "shares", "minmax"]
@@ -146,7 +147,7 @@ def _floor(scale, w):
 def _error(w, scale, zero, q_min, q_max, p, shared):
     """sum |w - w_hat|^p, f32[out, 1]; over all rows where the scale is shared."""
     q = jnp.clip(jnp.round(w / scale) + zero, q_min, q_max)
-    err = (jnp.abs(w - scale * (q - zero)) ** p).sum(-1, keepdims=True)
+    err = abs_power(w - scale * (q - zero), p).sum(-1, keepdims=True)
     return jnp.where(shared, err.sum(), err)
 
 

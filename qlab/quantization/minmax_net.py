@@ -157,8 +157,8 @@ def minmax_blocks(
         return QTensor(codes, scale, zero, bits=max_bits, axes=(1,), shape=codes.shape)
 
     def act(at: str) -> Affine:
-        bits = wide.get(at.rpartition("/")[2], a_bits)
-        return affine(*observer.finalize(ranges[at]), bits, widen=False)
+        lo, hi = observer.finalize(ranges[at])
+        return affine(lo, hi, wide.get(at.rpartition("/")[2], a_bits), widen=False)
 
     made = []
     for name, _, p in blocks_of(net, params):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from qlab.nn.sites import BlockNet, Params, capture, pick
+from qlab.quantization.elementwise import abs_power
 
 Per = Literal["tensor", "channel"]
 Correction = Literal["end", "repo"]
@@ -190,7 +191,7 @@ def least_error(
 
         def error(share):
             record = affine(h.lo * share, h.hi * share, bits, symmetric=symmetric)
-            return (h.counts * jnp.abs(fake(record, x) - x) ** p).sum()
+            return (h.counts * abs_power(fake(record, x) - x, p)).sum()
 
         best = shares[jax.lax.map(error, shares).argmin()]
         return h.lo * best, h.hi * best

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qlab.quantization.elementwise import abs_power
+
 EXPONENTS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -125,7 +127,7 @@ def _fit_power(x, bits, grid: tuple[float, ...], axis, shares: int, p) -> PowerF
         def body(i, best):
             scale = whole * (shares - i) / shares
             x_hat = from_power(jnp.clip(jnp.round(t / scale), -n, n) * scale, a)
-            error = (jnp.abs(x - x_hat) ** p).sum(axes, keepdims=True)
+            error = abs_power(x - x_hat, p).sum(axes, keepdims=True)
             return jax.tree.map(partial(jnp.where, error < best[1]), (scale, error), best)
 
         return jax.lax.fori_loop(0, shares, body, (whole, jnp.full_like(whole, jnp.inf)))
@@ -147,7 +149,7 @@ def log2_scale(x: jax.Array, bits, axis: int | None = None, *, shares: int = 1, 
     def body(i, best):
         scale = whole * (shares - i) / shares
         k = jnp.clip(jnp.round(log2_map(x, scale)), 0.0, 2.0 ** (bits - 1.0) - 1.0)
-        error = (jnp.abs(x - log2_unmap(k, x, scale)) ** p).sum(axes, keepdims=True)
+        error = abs_power(x - log2_unmap(k, x, scale), p).sum(axes, keepdims=True)
         return jax.tree.map(partial(jnp.where, error < best[1]), (scale, error), best)
 
     return jax.lax.fori_loop(0, shares, body, (whole, jnp.full_like(whole, jnp.inf)))[0]
