@@ -33,7 +33,6 @@ METRICS = SITE_METRICS | {
     "memory": Metric("MiB", "lower", "temporary and output arrays of the compiled calibration"),
     "float_time": Metric("s", "none", "one pass of the float net over the test images"),
     "packed_time": Metric("s", "lower", "the same of the packed net"),
-    "packed_gap": Metric("", "lower", "largest |packed - fake-quantized| output over the largest"),
 }
 
 CLAIMS = (

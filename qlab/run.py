@@ -21,6 +21,7 @@ examples:
   python -m qlab.run --config flexround:smoke                   by name, the half-minute variant
   python -m qlab.run --config flexround --arms rtn_mse,flexround --seeds 5 --config.bits=3
   python -m qlab.run --config my_config.py --workdir runs/mine  your own config file
+  python -m qlab.run --config ptq_table:full --trial            memory and time to expect, before hours are spent
 
 The same command resumes a stopped run, skips finished arms, and rewrites the page.
 Exit codes: 0 done, 2 bad input, 3 all seeds of an arm non-finite, 75 stopped and saved.
@@ -135,6 +136,11 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--time-limit", type=float, default=0.0, metavar="S", help="save and stop before S seconds"
     )
+    out.add_argument(
+        "--trial",
+        action="store_true",
+        help="only try the widest step of each arm at full shapes: memory and time to expect; writes nothing",
+    )
     out.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return out
 
@@ -151,9 +157,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 "which study? give --config NAME (python -m qlab.run --list names them)"
             )
+        arms = [a.strip() for a in args.arms.split(",") if a.strip()] if args.arms else None
+        if args.trial:
+            p = study.plan(args.config, overrides=overrides, arms=arms, seeds=args.seeds)
+            study.try_study(p, device=args.device)
+            return 0
         run(
             args.config,
-            arms=[a.strip() for a in args.arms.split(",") if a.strip()] if args.arms else None,
+            arms=arms,
             seeds=args.seeds,
             workdir=args.workdir,
             overrides=overrides,

@@ -32,12 +32,14 @@ class Phase(NamedTuple, Generic[State]):
         comes from keys in the state folded with a step counter in the state, never from outside.
       loop: "scan" (jitted chunks), "step" (a Python loop over one jitted step: convolutions on CPU),
         "host" (not jitted, called once per seed: wall clocks, simulators, endpoints).
+      widest: moves a state to the most expensive step, at full shapes; for `--trial`. None: steps are alike.
     """
 
     name: str
     num_steps: int
     step: Callable[[State], tuple[State, Metrics]]
     loop: Literal["scan", "step", "host"] = "scan"
+    widest: Callable[[State], State] | None = None
 
 
 class Experiment(NamedTuple, Generic[State]):
@@ -85,7 +87,9 @@ def side_by_side(parts: Mapping[str, Experiment[Any]]) -> Experiment[Any]:
             new, metrics = p.step(states[name])
             return {**states, name: new}, metrics
 
-        return p._replace(name=f"{name} {p.name}", step=step)
+        widest = p.widest
+        move = None if widest is None else lambda s: {**s, name: widest(s[name])}
+        return p._replace(name=f"{name} {p.name}", step=step, widest=move)
 
     def evaluate(states: dict[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {}

@@ -130,6 +130,27 @@ def run_study(
             return _run(p, manifest, console, stop, device, deterministic, command)
 
 
+def try_study(p: Plan, *, device: str = "auto", quiet: bool = False) -> list[Any]:
+    """What each arm would take (`qlab.lab.trial`): a few steps at full shapes, memory, time; nothing is written."""
+    from qlab.lab import device as devices
+
+    console = Console(quiet)
+    with devices.session(device, bool(p.config.get("x64", False))), listen(0.0) as stop:
+        from qlab.lab import trial
+
+        module = registry.experiment(p.config.experiment, p.loaded.path)
+        found = []
+        for i, name in enumerate(p.arms):
+            label = f"[{i + 1}/{len(p.arms)}] {name}"
+            found.append(
+                trial.try_arm(module.build, configs.arm_config(p.config, name), console, label)
+            )
+            stop.check()
+    if not quiet:
+        print(trial.table(found, p.config.seeds), flush=True)
+    return found
+
+
 def _move_away(workdir: Path, console: Console) -> None:
     if not workdir.exists():
         return

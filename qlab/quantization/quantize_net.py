@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qlab.lab.errors import UserError
-from qlab.nn.sites import Block, BlockNet, Params, pick
-from qlab.quantization.blocks import QuantizedBlock, around_block, fake_run
+from qlab.lab.errors import UserError, nearest
+from qlab.nn.sites import Block, BlockNet, Params, capture, pick
+from qlab.quantization.activations import fake
+from qlab.quantization.blocks import QuantizedBlock, SiteInput, WeightMethod, around_block, fake_run
 
 
 class QuantizedNet(NamedTuple):
@@ -63,6 +64,62 @@ def quantize_net(
             failed = failed + fallbacks
         made.append(jax.tree.map(lambda *a: jnp.stack(a), *blocks))
     return QuantizedNet(tuple(made), failed)
+
+
+def redo_site(
+    done: QuantizedNet,
+    net: BlockNet,
+    params: Sequence[Params],
+    x: Any,
+    where: str,
+    weight: WeightMethod,
+    *,
+    w_bits: int,
+    key: jax.Array | None = None,
+) -> QuantizedNet:
+    """The net with the weight of one site rounded anew (by GPTQ with other damping, say); all others stay as they are.
+
+        again = redo_site(done, net, params, x, "encoder.2/fc1", gptq_weight(damp=0.1), w_bits=4)
+
+    What lies behind the site was rounded on its old codes; redo those sites as well where that matters.
+
+    Args:
+      done: of `quantize_net` on x, whose `params` and `key` are given again. where: block and site. weight: see
+        `SiteInput`.
+    Raises:
+      UserError: no such block or site.
+    """
+    check_widths(w_bits, 8)
+    name, _, site = where.rpartition("/")
+    if name not in net.names:
+        raise UserError(f"no block is called {name!r}{nearest(name, net.names)}")
+    x_q, x_fp = x, x
+    key = jax.random.key(0) if key is None else key
+    for g, group in enumerate(net.groups):
+        for i in range(group.n):
+            q, own = pick(done.blocks[g], i), pick(tuple(params)[g], i)
+            if net.names[sum(a.n for a in net.groups[:g]) + i] != name:
+                x_q, x_fp = group.block(q.params, x_q, fake_run(q)), group.block(own, x_fp)
+                continue
+            if site not in q.weights:
+                raise UserError(
+                    f"{name} has no quantized weight {site!r}{nearest(site, tuple(q.weights))}"
+                )
+            _, seen = capture(group.block, q.params, x_q, fake_run(q))
+            _, seen_fp = capture(group.block, own, x_fp)
+            at = fake(q.acts[site], seen[site]) if site in q.acts else seen[site]
+            k = jax.random.fold_in(jax.random.fold_in(key, g), i)
+            k = jax.random.fold_in(k, 2 * list(seen_fp).index(site) + 1)
+            w = q.params[site]["kernel"].T
+            made = weight(SiteInput(site, at, seen_fp[site], w, jnp.float32(w_bits), k))
+            assert made is not None  # a method of weights
+            stacked = done.blocks[g]
+            put = partial(jax.tree.map, lambda a, v: a.at[i].set(v))
+            weights = {**stacked.weights, site: put(stacked.weights[site], made[0])}
+            blocks = list(done.blocks)
+            blocks[g] = stacked._replace(weights=weights)
+            return QuantizedNet(tuple(blocks), done.fallbacks + made[1])
+    raise AssertionError(name)
 
 
 def check_widths(w_bits: int, a_bits: int) -> None:

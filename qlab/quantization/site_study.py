@@ -273,7 +273,24 @@ def site_study(
             values[f"{cell.name}/sites_total"] = jnp.float32(total)
         return values | _variance(cells, state.out[:, 0])
 
-    phase = Phase("cells", len(cells) * len(stages), step)
+    def widest(state: State) -> State:
+        """At the first block of the group with most weights, on noise in the place of its inputs."""
+        sizes_ = [
+            sum(a.size for a in jax.tree.leaves(p)) / g.n
+            for p, g in zip(state.params, net.groups, strict=True)
+        ]
+        at = sum(sizes[: int(np.argmax(sizes_))])
+
+        def noise(a):
+            if not jnp.issubdtype(a.dtype, jnp.floating):
+                return a
+            return jax.random.normal(jax.random.key(0), a.shape, a.dtype)
+
+        params = pick(state.nets, which[0])
+        inputs = jax.tree.map(noise, state.inputs) if at else state.inputs
+        return state._replace(step=jnp.int32(at), params=params, inputs=inputs)
+
+    phase = Phase("cells", len(cells) * len(stages), step, widest=widest)
     return Experiment(init, evaluate, (phase,), seed_layout="map")
 
 

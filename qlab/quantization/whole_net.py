@@ -43,7 +43,7 @@ Quantizer = Callable[..., tuple[QuantizedBlock, ...]]
 class State(NamedTuple):
     """key: of the method. step: i32[], the cell at work. nets: {name: params}. x_cal: calibration samples.
 
-    out: f32[C, TESTED]. counted: f32[C, 3], bytes, bits a weight, sites. seconds: f32[C].
+    out: f32[C, TESTED]. counted: f32[C, 3], bytes, bits a weight, sites. wall_s: f32[C], seconds.
     """
 
     key: jax.Array
@@ -52,7 +52,7 @@ class State(NamedTuple):
     x_cal: Any
     out: jax.Array
     counted: jax.Array
-    seconds: jax.Array
+    wall_s: jax.Array
 
 
 def whole_study(
@@ -109,7 +109,7 @@ def whole_study(
             counted=state.counted.at[c].set(
                 jnp.array([held["bytes"], held["stored_bits"], float(sites)])
             ),
-            seconds=state.seconds.at[c].set(seconds),
+            wall_s=state.wall_s.at[c].set(seconds),
         )
         return state, {"error": found["error"]}
 
@@ -118,7 +118,7 @@ def whole_study(
         for c, cell in enumerate(cells):
             row = {m: state.out[c, i] for i, m in enumerate(TESTED)}
             row |= dict(zip(("bytes", "stored_bits", "sites_total"), state.counted[c], strict=True))
-            row["seconds"] = state.seconds[c]
+            row["seconds"] = state.wall_s[c]
             values |= {f"{cell.name}/{m}": v for m, v in row.items()}
         return values
 

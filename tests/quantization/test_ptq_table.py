@@ -233,7 +233,6 @@ def test_a_timed_study_is_the_study_and_tells_time_memory_and_the_packed_net(stu
     for cell in made:
         for metric in ("seconds", "memory", "packed_time", "float_time"):
             assert got[f"{cell.name}/{metric}"] > 0
-        assert got[f"{cell.name}/packed_gap"] < 1e-3
     assert want["w2/bytes"] < want["w4a4/bytes"]
 
 
