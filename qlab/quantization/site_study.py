@@ -275,11 +275,11 @@ def site_study(
 
     def widest(state: State) -> State:
         """At the first block of the group with most weights, on noise in the place of its inputs."""
-        sizes_ = [
+        per_block = [
             sum(a.size for a in jax.tree.leaves(p)) / g.n
             for p, g in zip(state.params, net.groups, strict=True)
         ]
-        at = sum(sizes[: int(np.argmax(sizes_))])
+        at = sum(sizes[: int(np.argmax(per_block))])
 
         def noise(a):
             if not jnp.issubdtype(a.dtype, jnp.floating):
