@@ -66,7 +66,7 @@ VIT = tuple(
 ) + ("e_norm",)
 FEW = (  # of the ViT, a call of which takes longest
     "base", "a_random", "a_importance", "b_qdrop", "c_photos", "c_16", "d_l1", "d_cosine", "e_bias", "e_norm",
-    "e_flexround", "f_power", "g_tanh", "g_lion", "h_block", "x_fp_input", "rtn", "r_1", "r_2",
+    "e_flexround", "f_power", "g_tanh", "h_block", "x_fp_input", "rtn", "r_1", "r_2",
 )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.arms = {
         "mlp": {"options": MLP},
         "cnn": {"net": "digits_cnn", "batch_size": 128},
-        "vit": {"net": "digits_vit", "batch_size": 32, "bits": (3, 4), "options": FEW, "num_iters": 200, "midpoints": 4},
+        "vit": {"net": "digits_vit", "batch_size": 32, "bits": (3, 4), "options": FEW, "num_iters": 100, "midpoints": 4},
     }  # fmt: skip
     if variant == "smoke":
         c.update(seeds=1, num_iters=200, rates=(3e-2,), bits=(2,), budgets=(), closed=())
