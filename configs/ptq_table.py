@@ -9,12 +9,18 @@ block. The net's input, and a Mamba's states and C, have 8 bits at least; a ResN
 
 Arms: rtn (range of the weights), mse (searched range), smooth (SmoothQuant on norms), gptq, adaround, adaquant,
 flexround, decoupleq, smooth_gptq; and where they exist repquant (ViT: reparameterised norms, half-octave softmax, GPTQ),
-mambaquant (Mamba: KLT rotations and smoothing), brecq, qdrop, pd_quant (ResNet: blocks with their activation steps).
+mambaquant (Mamba: KLT rotations and smoothing), brecq, qdrop, pd_quant (ResNet: blocks with their activation steps),
+ada_dfq (ResNet, W4A4: trained on generated images for 1000 iterations; it sees no calibration image), and gradient (learned rounding
+with the choices that won most often on held-out images in configs/gradient_ptq.py: free straight-through offsets and a
+constant rate; its losses behind the next activation and its larger calibration sets are not taken, being no equal budget).
 mean_<cell> is the mean over nets, of the arms that ran on all.
 
 Rates of Adam are those that the methods' own studies here chose on validation images; nothing was tuned for this
 table. A seed draws the trained nets and their twins, the calibration images, and the method's key.
 
+Variant :vlm is a vision-language model (DigitsVQA, 66 weights and inputs of products; the rest is float) at W4A4 and W4A8,
+16 calibration pictures with five questions each, and has the arm q_vlm (its ranges are one per token row or per
+channel, finer than the other arms' one per tensor; smooth is SmoothQuant).
 Variant :full has all widths on plain nets and twins, lrq, and ten seeds (hours; it resumes).
     python -m qlab.run --config configs/ptq_table.py
     python -m qlab.run --config configs/ptq_table.py --arms gptq,decoupleq --config.num_calibration=256
@@ -60,10 +66,10 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     # of the gradient-based arm, see configs/gradient_ptq.py
     c.recipe = {
-        "rule": "sigmoid",
+        "rule": "ste_free",
         "loss": "l2",
         "optimizer": "adam",
-        "schedule": "cosine",
+        "schedule": "constant",
         "reg_weight": 10.0,
     }
     # of AdaDFQ, see configs/ada_dfq.py

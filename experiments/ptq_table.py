@@ -46,6 +46,8 @@ CLAIMS = (
           ("decoupleq", "mean_w2/accuracy"), ">=", ("gptq", "mean_w2/accuracy")),
     Claim("FlexRound is no worse than AdaRound, W2, mean over nets", "Lee et al. 2023, abstract",
           ("flexround", "mean_w2/accuracy"), ">=", ("adaround", "mean_w2/accuracy")),
+    Claim("Gradient-based PTQ's choices are no worse than AdaRound, W2, mean over nets", "Yvinec et al. 2023, abstract",
+          ("gradient", "mean_w2/accuracy"), ">=", ("adaround", "mean_w2/accuracy")),
     *(
         Claim(f"{text} is no worse than the best general method, W4A4 (rescaled {label})",
               f"{source}, abstract", (name, f"{label}_w4a4_twin/accuracy"), ">=",
@@ -61,6 +63,12 @@ CLAIMS = (
           "Liu et al. 2023, abstract", ("pd_quant", "resnet_w4a4/accuracy"), ">=",
           ((*GENERAL, "brecq", "qdrop"), "resnet_w4a4/accuracy"),
           note="block methods learn activation steps too"),
+    Claim("AdaDFQ is within 2 points of the best general method, W4A4 (ResNet)", "ours: it sees no data",
+          ("ada_dfq", "resnet_w4a4/accuracy"), ">=", (GENERAL, "resnet_w4a4/accuracy"), margin=-2.0),
+    Claim("Q-VLM is no worse than the best general method, W4A4 (vision-language model, :vlm)",
+          "Wang et al. 2024, abstract", ("q_vlm", "vlm_w4a4/accuracy"), ">=",
+          ((*GENERAL, "smooth", "smooth_gptq"), "vlm_w4a4/accuracy"),
+          note="its ranges are finer than one per tensor"),
 )  # fmt: skip
 
 FIGURES = (
