@@ -175,10 +175,12 @@ def fp_target(w, c, h, damp=0.01) -> jax.Array:
     """W* = W C H^-1: the weights that on quantized-prefix inputs best give W's output on float inputs.
 
     min over W* of E |W* x_q - W x_fp|^2, with C = E[x_fp x_q^T] and H = E[x_q x_q^T], both damped by
-    the same multiple of the identity: W + W (C - H) (H + damping)^-1, so W* = W where the prefix is exact.
+    the same multiple of the identity: W + W (C - H) (H + damping)^-1, so W* = W where the prefix is exact, and where
+    its outputs are all 0.
     """
-    u, _ = inverse_factor(h, damp)
-    return w + (w.astype(h.dtype) @ (c - h)) @ (u.T @ u)
+    dead = ~(h != 0).any()  # then the damping, a share of H, is 0 too
+    u, _ = inverse_factor(jnp.where(dead, jnp.eye(len(h), dtype=h.dtype), h), damp)
+    return w + jnp.where(dead, 0.0, (w.astype(h.dtype) @ (c - h)) @ (u.T @ u))
 
 
 def layer_problem(w, x_q, x_fp=None, damp: float = 0.01) -> tuple[jax.Array, jax.Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -115,6 +115,8 @@ class Plan(NamedTuple):
         w = view.matrix(kernel)
         rows = None if x is None else view.rows(x)
         goal = w
+        if not bool(jnp.isfinite(w).all()):
+            raise UserError(f"{name}: its weights hold NaN or infinity; remove them first")
         if rows is not None and not bool(jnp.isfinite(rows).all()):
             raise UserError(
                 f"{name}: its calibration inputs hold NaN or infinity; check the batches"
@@ -137,6 +139,17 @@ class Plan(NamedTuple):
             name, kind, kernel.shape, qt.stored_bits, size, qt.nbytes,
             report["relative"], report["mse_ratio"], note,
         )  # fmt: skip
+
+
+def called(model: Callable[..., Any], args: Sequence[Any], call: Mapping[str, Any]) -> Any:
+    """model(*args, **call) on the calibration batches; one line if they do not fit."""
+    try:
+        return model(*args, **call)
+    except (TypeError, ValueError) as e:
+        shapes = ", ".join(str(jnp.shape(a)) for a in jax.tree.leaves(tuple(args)))
+        raise UserError(
+            f"the model does not run on the calibration batches (of shape {shapes} together): {str(e).splitlines()[0]}"
+        ) from e
 
 
 @jax.jit

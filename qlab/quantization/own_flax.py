@@ -6,6 +6,7 @@ nnx layers are swapped in a copy of the model; linen layers are met by an interc
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.core import Tracer
 
 from qlab import ops
 from qlab.lab.errors import UserError
-from qlab.quantization.layer_plan import Plan, Quantized, check_found, float_row
+from qlab.quantization.layer_plan import Plan, Quantized, called, check_found, float_row
 from qlab.quantization.layers import View, kind_of, view_of
 from qlab.quantization.qtensor import QTensor, dequantize
 
@@ -115,10 +116,9 @@ def quantize_nnx(model: nnx.Module, args, plan: Plan, call) -> Quantized:
                 plan.quantize(name, kind_of(layer), view, kernel, None)
     else:
         if plan.target == "fp":
-            _replaced(ready, lambda name, layer: _Watched(layer, name, _noting(plan)))(
-                *args, **call
-            )
-        _replaced(ready, lambda name, layer: _Watched(layer, name, plan.layer))(*args, **call)
+            watched = _replaced(ready, lambda name, layer: _Watched(layer, name, _noting(plan)))
+            called(watched, args, call)
+        called(_replaced(ready, lambda name, layer: _Watched(layer, name, plan.layer)), args, call)
         for name, (_, layer) in known.items():
             if plan.pattern.search(name) and name not in plan.rows:
                 plan.rows[name] = float_row(name, layer, layer.kernel[...], "never called")
@@ -181,9 +181,9 @@ def quantize_linen(module: linen.Module, args, plan: Plan, variables, call) -> Q
 
     if plan.target == "fp":
         with running(_noting(plan)):
-            module.apply(variables, *args, **call)
+            called(partial(module.apply, variables), args, call)
     with running(plan.layer):
-        module.apply(variables, *args, **call)
+        called(partial(module.apply, variables), args, call)
     check_found(plan, known)
 
     def decoded(name, layer, kernel, x):

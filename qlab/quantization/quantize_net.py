@@ -46,6 +46,7 @@ def quantize_net(
     for leaf in jax.tree.leaves(x):
         if not jnp.size(leaf) or not bool(jnp.isfinite(leaf).all()):
             raise UserError("calibration inputs are empty or not finite; pass a few real samples")
+    check_net(net, params, x)
     key = jax.random.key(0) if key is None else key
     params = tuple(params)
     x_q, x_fp, made, failed = x, x, [], jnp.zeros(())
@@ -120,6 +121,24 @@ def redo_site(
             blocks[g] = stacked._replace(weights=weights)
             return QuantizedNet(tuple(blocks), done.fallbacks + made[1])
     raise AssertionError(name)
+
+
+def check_net(net: BlockNet, params: Sequence[Params], x: Any) -> None:
+    """Raises UserError unless the params are finite and the net takes inputs of this shape."""
+    for group, stacked in zip(net.groups, params, strict=True):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(stacked)[0]:
+            if not bool(jnp.isfinite(leaf).all()):
+                where = group.name + jax.tree_util.keystr(path)
+                raise UserError(
+                    f"{where} holds NaN or infinity; remove them from the weights first"
+                )
+    try:
+        jax.eval_shape(net.apply, tuple(params), x)
+    except (TypeError, ValueError) as e:
+        shapes = ", ".join(str(jnp.shape(a)) for a in jax.tree.leaves(x))
+        raise UserError(
+            f"the net does not take calibration inputs of shape {shapes}: {str(e).splitlines()[0]}"
+        ) from e
 
 
 def check_widths(w_bits: int, a_bits: int) -> None:

@@ -33,7 +33,7 @@ from qlab.quantization.grid import Grid, nearest_qtensor
 from qlab.quantization.methods import gptq_codes
 from qlab.quantization.observers import Observer
 from qlab.quantization.qtensor import QTensor
-from qlab.quantization.quantize_net import QuantizedNet, check_widths
+from qlab.quantization.quantize_net import QuantizedNet, check_net, check_widths
 
 
 class WeightFold(NamedTuple):
@@ -150,6 +150,7 @@ def quantize_stream(
       UserError: a width that is not one of 2 to 8; no batch; an empty batch or one that is not finite.
     """
     check_widths(w_bits, a_bits)
+    params = tuple(params)
     made, failed = [], jnp.zeros(())
     # A half each, so that neither net's activations crowd out the other's.
     cap = None if cache_bytes is None else cache_bytes // 2
@@ -157,15 +158,20 @@ def quantize_stream(
         x_q, x_fp = Cache(cap, Path(folder, "q")), Cache(cap, Path(folder, "fp"))
         for cache in (Path(folder, "q"), Path(folder, "fp")):
             cache.mkdir()
+        seen = set()
         for i, x in enumerate(batches):
             for leaf in jax.tree.leaves(x):
                 if not np.size(leaf) or not bool(np.isfinite(leaf).all()):
                     raise UserError(f"calibration batch {i} is empty or not finite; leave it out")
+            form = str(jax.tree.map(np.shape, x))
+            if form not in seen:
+                check_net(net, params, x)
+                seen.add(form)
             x_q.put(i, x)
             x_fp.put(i, x)
         if not len(x_q):
             raise UserError("calibration holds no batch; pass a few of real samples")
-        for group, stacked in zip(net.groups, tuple(params), strict=True):
+        for group, stacked in zip(net.groups, params, strict=True):
             blocks = []
             for i in range(group.n):
                 own = pick(stacked, i)

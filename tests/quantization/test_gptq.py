@@ -143,6 +143,11 @@ def test_a_singular_hessian_is_an_error_without_damping_and_a_counted_rung_with_
     assert int(rung) == LADDER
 
 
+def test_fp_target_of_a_dead_prefix_is_the_weight_itself():
+    w, zero = jnp.ones((2, 3)), jnp.zeros((3, 3))
+    np.testing.assert_array_equal(fp_target(w, zero, zero), w)
+
+
 def test_fp_target_is_the_least_squares_solution():
     rng = np.random.default_rng(5)
     w = rng.standard_normal((3, 6))

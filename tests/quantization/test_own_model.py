@@ -240,6 +240,7 @@ def test_layers_without_a_matrix_say_why():
         ({"calibration": []}, "calibration holds no batch"),
         ({"calibration": None}, "needs calibration batches"),
         ({"calibration": [X[:4], jnp.ones((4, 8, 8, 3))]}, "do not join"),
+        ({"calibration": [X[:, :, :, :1]]}, "does not run on the calibration batches"),
         ({"calibration": [X.at[0, 0, 0, 0].set(jnp.nan)]}, "conv: its calibration inputs hold NaN"),
         ({"model": "net"}, "model is a str"),
     ],
@@ -254,5 +255,16 @@ def test_bad_input_is_one_line(net, kwargs, message):
 def test_nan_weights_are_named(net):
     broken = nnx.clone(net)
     broken.head.kernel.set_value(broken.head.kernel[...].at[0, 0].set(jnp.nan))
-    with pytest.raises(UserError, match="head: w holds 1 values that are not finite"):
+    with pytest.raises(UserError, match="head: its weights hold NaN or infinity"):
         quantize(broken, method="rtn")
+
+
+def test_a_dead_input_falls_back_and_says_so():
+    """No sample excites the first layer: nearest with its cause, not an error about weights that are fine."""
+    net = nnx.Sequential(
+        nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1))
+    )
+    result = quantize(net, [jnp.zeros((32, 8))], method="gptq", bits=4)
+    rows = {r.name: r for r in result.rows}
+    assert "rounded to nearest" in rows["layers/0"].note
+    assert result.fallbacks >= 1

@@ -69,6 +69,21 @@ def test_places_that_do_not_exist_are_named(walked):
             redo_site(done, NET, params, x, where, gptq_weight(), w_bits=3)
 
 
+def test_inputs_and_weights_that_do_not_fit_are_named(walked):
+    params, x, _ = walked
+    method = site_by_site(act=by_range, weight=nearest_weight())
+    broken = jax.tree.map(jnp.array, params)
+    broken[1]["fc1"]["kernel"] = broken[1]["fc1"]["kernel"].at[0, 0, 0].set(jnp.nan)
+    for given, inputs, text in (
+        (params, x[:, :4], r"does not take calibration inputs of shape \(64, 4, 8, 1\)"),
+        (params, x.at[0].set(jnp.inf), "empty or not finite"),
+        (broken, x, r"encoder.*fc1.*kernel.* holds NaN"),
+    ):
+        with pytest.raises(UserError, match=text) as error:
+            quantize_net(NET, given, inputs, method, w_bits=4, a_bits=8)
+        assert "\n" not in str(error.value)
+
+
 def test_a_study_is_tried_at_its_widest_block(walked):
     params, x, _ = walked
     study = site_study(

@@ -11,7 +11,13 @@ from qlab.lab.errors import UserError
 from qlab.nn.vit import ViTSize, vit
 from qlab.quantization import observers, stream
 from qlab.quantization.activations import affine, minmax
-from qlab.quantization.blocks import gptq_weight, nearest_weight, run_blocks, site_by_site
+from qlab.quantization.blocks import (
+    float_act,
+    gptq_weight,
+    nearest_weight,
+    run_blocks,
+    site_by_site,
+)
 from qlab.quantization.quantize_net import quantize_net
 from qlab.quantization.stream import Cache, gptq_fold, nearest_fold, quantize_stream
 
@@ -43,28 +49,36 @@ def codes(done):
 
 
 @pytest.mark.parametrize(
-    ("whole", "fold"),
+    ("act", "observer", "whole", "fold"),
     [
-        pytest.param(nearest_weight(), NEAREST, marks=pytest.mark.slow),
-        (gptq_weight(), GPTQ),
-        pytest.param(gptq_weight(target="same"), gptq_fold(target="same"), marks=pytest.mark.slow),
+        (by_range, MINMAX, nearest_weight(), NEAREST),
+        (float_act, None, gptq_weight(), GPTQ),
+        pytest.param(
+            float_act,
+            None,
+            gptq_weight(target="same"),
+            gptq_fold(target="same"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["nearest", "gptq", "gptq-same"],
 )
-def test_batches_give_what_all_samples_at_once_give(params, x, whole, fold):
-    method = site_by_site(act=by_range, weight=whole)
+def test_batches_give_what_all_samples_at_once_give(params, x, act, observer, whole, fold):
+    """Ranges with nearest codes, codes of GPTQ on float activations: together they would magnify the last bits of sums,
+    by which an activation near the middle between two codes takes the one or the other."""
+    method = site_by_site(act=act, weight=whole)
     want = quantize_net(NET, params, jnp.asarray(x), method, **WIDTHS)
-    got = quantize_stream(NET, params, cut(x, 48), MINMAX, fold, **WIDTHS)
+    got = quantize_stream(NET, params, cut(x, 48), observer, fold, **WIDTHS)
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), want.blocks, got.blocks)
     for a, b in zip(codes(want), codes(got), strict=True):  # sums in another order
-        assert (a != b).mean() < 2e-3
-        assert np.abs(a - b).max() <= 1
+        assert (a != b).mean() < (0.02 if observer is None else 1e-9)
+        assert np.abs(a.astype(int) - b).max() <= 1
     for a, b in zip(want.blocks, got.blocks, strict=True):
         assert set(a.acts) == set(b.acts)
         for site in a.acts:
             np.testing.assert_allclose(a.acts[site].scale, b.acts[site].scale, rtol=2e-2)
     y, z = (run_blocks(NET, d.blocks, jnp.asarray(x)) for d in (want, got))
-    assert np.abs(y - z).mean() < 0.02 * np.abs(y - NET.apply(params, x)).mean()
+    assert np.abs(y - z).mean() < 0.1 * np.abs(y - NET.apply(params, x)).mean()
 
 
 def test_activations_may_stay_float_and_any_observer_serves(params, x):
@@ -138,3 +152,7 @@ def test_mistakes_are_named(params, x):
         run(cut(bad, 40), MINMAX, NEAREST, **WIDTHS)
     with pytest.raises(UserError, match="w_bits=9"):
         run(cut(x, 40), MINMAX, NEAREST, w_bits=9, a_bits=8)
+    with pytest.raises(
+        UserError, match=r"does not take calibration inputs of shape \(40, 4, 8, 1\)"
+    ):
+        run([x[:40], x[40:80, :4]], MINMAX, NEAREST, **WIDTHS)
