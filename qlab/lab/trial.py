@@ -74,13 +74,15 @@ def _try_phase(exp: Experiment, phase: Phase, state: Any, seeds: int) -> tuple[A
     jax.block_until_ready(after.states)
     first = time.perf_counter() - begun
     kept = loop.unstack(after.states, num)[0]
-    spent, steps = 0.0, 0
+    spent, steps, n = 0.0, 0, 1
     while spent < SPAN_S and steps < phase.num_steps:
-        carry, n = fresh(), max(1, steps)  # doubled each time
+        carry = fresh()
         begun = time.perf_counter()
-        jax.block_until_ready(runner.advance(carry, n if phase.widest is None else 1).states)
+        jax.block_until_ready(runner.advance(carry, n).states)
         spent += time.perf_counter() - begun
-        steps += n if phase.widest is None else 1
+        steps += n
+        if phase.widest is None:  # the widest step is always the first
+            n = min(2 * n, phase.num_steps)
     each = spent / max(steps, 1)
     return kept, first, each if side_by_side else each * seeds
 

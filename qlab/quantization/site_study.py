@@ -129,9 +129,7 @@ def site_study(
     Returns:
       An Experiment whose evaluate gives the METRICS per cell.
     """
-    size = len(jax.tree.leaves(pool)[0])
-    if num_calibration > size:
-        raise ValueError(f"num_calibration={num_calibration}, but the pool holds {size} samples")
+    check_draw(pool, num_calibration)
     if set(vary) - set(VARIED):
         raise ValueError(f'vary={tuple(vary)}; use some of "net", "calibration", "method"')
     setups = tuple(dict.fromkeys((c.net, c.draw, c.run) for c in cells))
@@ -172,8 +170,7 @@ def site_study(
 
         def setup(name: str, draw: int, run: int):
             k_draw, k = (jax.random.fold_in(k, i) for k, i in zip(k_rest, (draw, run), strict=True))
-            chosen = np.asarray(jax.random.permutation(k_draw, size)[:num_calibration])
-            x = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[chosen]), pool)
+            x = drawn_samples(pool, k_draw, num_calibration)
             params = made[name]
             logits = apply_net(net, params, x_test)
             if transform is not None:
@@ -309,6 +306,20 @@ def sub_keys(key: jax.Array, vary: Sequence[str] = VARIED) -> tuple[jax.Array, .
         jax.random.fold_in(key if name in vary else jax.random.key(0), i)
         for i, name in enumerate(VARIED)
     )
+
+
+def check_draw(pool: Any, num: int) -> None:
+    """Raises ValueError if the pool (a pytree, samples first) holds fewer samples than num."""
+    size = len(jax.tree.leaves(pool)[0])
+    if num > size:
+        raise ValueError(f"num_calibration={num}, but the pool holds {size} samples")
+
+
+def drawn_samples(pool: Any, key: jax.Array, num: int) -> Any:
+    """num samples of a pool without replacement, on the device."""
+    size = len(jax.tree.leaves(pool)[0])
+    chosen = np.asarray(jax.random.permutation(key, size)[:num])
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[chosen]), pool)
 
 
 def relative_error(y, y_fp) -> jax.Array:

@@ -30,7 +30,7 @@ from qlab.quantization.language_layers import (
 )
 from qlab.quantization.norm_links import Fit, norm_transform
 from qlab.quantization.q_vlm import Options, pair_gaps, quantize_vlm
-from qlab.quantization.site_study import compare
+from qlab.quantization.site_study import check_draw, compare, drawn_samples
 from qlab.quantization.vlm_weights import PRODUCTS, memory_report, round_weights, with_weights
 
 METRICS = {
@@ -100,17 +100,14 @@ def vlm_study(
     Raises:
       ValueError: more calibration pictures than the pool has.
     """
-    size = len(pool["image"])
-    if num_calibration > size:
-        raise ValueError(f"num_calibration={num_calibration}, but the pool holds {size} pictures")
+    check_draw(pool, num_calibration)
     x_test, y_test = jax.tree.map(jnp.asarray, test)
     num = num_layers(net)
     names = _names(questions, premise)
 
     def init(key: jax.Array) -> State:
         k_net, k_draw, k_method = (jax.random.fold_in(key, i) for i in range(3))
-        chosen = np.asarray(jax.random.permutation(k_draw, size)[:num_calibration])
-        x_cal = {n: jnp.asarray(np.asarray(a)[chosen]) for n, a in pool.items()}
+        x_cal = drawn_samples(dict(pool), k_draw, num_calibration)
         zeros = [jnp.zeros((len(cells), n)) for n in (len(names), num, num, num - 1)]
         return State(k_method, jnp.int32(0), train(k_net), x_cal, *zeros)
 

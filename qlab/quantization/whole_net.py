@@ -28,8 +28,10 @@ from qlab.quantization.site_study import (
     TESTED,
     VARIED,
     Cell,
+    check_draw,
     compare,
     divergence,
+    drawn_samples,
     relative_error,
     storage,
     sub_keys,
@@ -76,15 +78,12 @@ def whole_study(
       An Experiment whose evaluate gives, for each cell, the metrics of `site_study` and seconds.
     """
     x_test, y_test = jax.tree.map(jnp.asarray, test)
-    size = len(jax.tree.leaves(pool)[0])
+    check_draw(pool, num_calibration)
     ready: list[Quantizer] = []
 
     def init(key: jax.Array) -> State:
         k_net, k_draw, k_method = sub_keys(key, vary)
-        chosen = np.asarray(
-            jax.random.permutation(jax.random.fold_in(k_draw, 0), size)[:num_calibration]
-        )
-        x = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[chosen]), pool)
+        x = drawn_samples(pool, jax.random.fold_in(k_draw, 0), num_calibration)
         key, first = jax.random.fold_in(k_method, 0), jnp.int32(0)
         out, counted = (jnp.zeros((len(cells), n)) for n in (len(TESTED), 3))
         return State(key, first, nets(k_net), x, out, counted, jnp.zeros(len(cells)))
