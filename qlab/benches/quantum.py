@@ -1,6 +1,7 @@
 """Gradients of a noisy VQE on 3 to 6 qubits and of a noiseless ansatz on 8 to 16, against other simulators.
 
-Noiseless (tasks s8, s12, s16): see qlab.benches.quantum_states. Noisy (n3 ... n6), one circuit for all: the RY-RZ ansatz with two entangling blocks, depolarizing noise after every gate,
+Noiseless (tasks s8, s12, s16): see qlab.benches.quantum_states. Learning (zne6, latent4, latent8, grow, label): see
+qlab.benches.quantum_learning. Noisy (n3 ... n6), one circuit for all: the RY-RZ ansatz with two entangling blocks, depolarizing noise after every gate,
 the Ising ring as observable, value and gradient in double precision. Contestants:
     ptm            qlab.quantum.noisy_expval, its fast path
     default.mixed  PennyLane with JAX backpropagation, rotations as QubitUnitary (the form that
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlab.benches import quantum_states
+from qlab.benches import quantum_learning, quantum_states
 from qlab.benches.measure import Number, Tell, find, interleave, ratio, seconds_per_call
 from qlab.lab.experiment import Claim, Figure, Metric
 from qlab.quantum import ansatz, hamiltonians, noise, pauli
@@ -39,6 +40,7 @@ METRICS = {
     "to_raw": Metric("times", "lower", "call_ms over that of a state vector by hand"),
     "to_qlab": Metric("times", "lower", "call_ms over qlab's"),
     "max_error": Metric("", "none", "largest difference from the first in value and gradient"),
+    **quantum_learning.METRICS,
 }
 
 
@@ -68,7 +70,7 @@ def goals(s: dict[str, Any]) -> tuple[Claim, ...]:
                 ),
                 goal(f"noisy, {n} qubits: 200 times Aer", "aer", f"n{n}/to_ptm", ">=", 200.0),
             ]
-    return tuple(found)
+    return (*found, *quantum_learning.goals(s))
 
 
 FIGURES = (
@@ -88,6 +90,7 @@ def settings(quick: bool) -> dict[str, Any]:
         "lam": 0.02,
         "repetitions": 7 if quick else 21,
         "budget_s": 6.0 if quick else 60.0,
+        **quantum_learning.settings(quick),
     }
 
 
@@ -240,7 +243,7 @@ def measure(s: dict[str, Any], tell: Tell) -> list[Number]:
     for n in s["states"]:
         tell(f"quantum: {n} qubits without noise")
         numbers += [x._replace(name=f"s{n}/{x.name}") for x in pure(n, s)]
-    return numbers
+    return numbers + quantum_learning.measure(s, tell)
 
 
 def noisy(n: int, s: dict[str, Any]) -> list[Number]:
@@ -302,7 +305,7 @@ def summary(numbers: list[Number]) -> str:
         sizes = {
             int(n.name.split("/")[0][1:])
             for n in numbers
-            if n.name.startswith(kind) and n.name.endswith("/call_ms")
+            if n.name[0] == kind and n.name[1].isdigit() and n.name.endswith("/call_ms")
         }
         if not sizes:
             continue
@@ -316,4 +319,6 @@ def summary(numbers: list[Number]) -> str:
                 else f"{arm} {call.status}: {call.note}"
             )
         texts.append(f"{task[1:]} qubits{' with noise' * (kind == 'n')}: {', '.join(parts)}")
-    return "; ".join(texts)
+    kinds = ("zne", "latent", "grow", "label")
+    learning = quantum_learning.summary([n for n in numbers if n.name.startswith(kinds)])
+    return "; ".join([*texts, *[learning] * bool(learning)])
