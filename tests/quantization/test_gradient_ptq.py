@@ -292,7 +292,8 @@ def test_a_whole_net_is_learned_together(shallow):
     params = stack(shallow.layers)
     data = shallow.data._replace(saliency=weight_saliency(stages, params, shallow.data.bank[0]))
     whole = SimpleNamespace(stages=stages, params=params, data=data)
-    out = run(whole, LEAN._replace(num_iters=300), {}, joint=True)
+    # at 300 steps the choices are not made yet, and what hardening leaves is worse than nearest
+    out = run(whole, LEAN._replace(num_iters=1000), {"lr": 1e-1}, joint=True)
     rtn = divergence(shallow.data.fp[:24], nearest_net(shallow, 2)[:24])
     assert out["heldout_kl"][0] < rtn
 
